@@ -1,0 +1,94 @@
+"""Every name that distckpt gives to something on disk, and the one parser of each."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+RECORD_SUFFIX = ".committed"
+MANIFEST = "manifest.json"
+STATE = "state.json"
+CLAIM = "claim.json"
+RUN = "run.json"
+EVENTS = "events.jsonl"
+LOCK = ".lock"
+LATEST = "latest"
+
+# Names that begin so are never read as anything: a draft is not whole yet, trash is being deleted.
+DRAFT_PREFIX = ".draft-"
+TRASH_PREFIX = ".trash-"
+
+_STEP = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
+_ATTEMPT = re.compile(r"\.attempt-(\d{8,})")
+_SAFE = re.compile(r"[A-Za-z0-9_+=@,-][A-Za-z0-9._+=@, -]{0,199}")
+
+
+@dataclass(frozen=True, order=True)
+class StepName:
+    """The folder of a checkpoint: ``step-00012000``, or ``step-00012000.2`` where that name is taken.
+
+    A name is taken by what was saved at the same step in an earlier attempt, or by what a killed save left:
+    a folder is never written into by two saves.
+    """
+
+    step: int
+    take: int = 1
+
+    def __str__(self) -> str:
+        return f"step-{self.step:08d}" + (f".{self.take}" if self.take > 1 else "")
+
+    @classmethod
+    def parse(cls, name: str) -> StepName | None:
+        """The inverse of ``str``; ``None`` for every other name."""
+        match = _STEP.fullmatch(name)
+        if match is None:
+            return None
+        parsed = cls(int(match[1]), int(match[2] or 1))
+        return parsed if str(parsed) == name else None
+
+
+def record_of(name: str) -> str:
+    """The record that makes the folder or file ``name`` a checkpoint."""
+    return name + RECORD_SUFFIX
+
+
+def recorded_by(record: str) -> str | None:
+    """The inverse of `record_of`; ``None`` for a name that is no record's."""
+    name = record.removesuffix(RECORD_SUFFIX)
+    return name if name != record and is_safe(name) else None
+
+
+def attempt_file(attempt: int) -> str:
+    """The file whose existence says that the run was started for the ``attempt``-th time."""
+    return f".attempt-{attempt:08d}"
+
+
+def parse_attempt(name: str) -> int | None:
+    """The inverse of `attempt_file`; ``None`` for every other name."""
+    match = _ATTEMPT.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def part_file(part: str) -> str:
+    """The tensors of one part of the state, in the full format."""
+    return f"{part}.safetensors"
+
+
+def rank_file(rank: int) -> str:
+    """What belongs to one rank alone and is no tensor."""
+    return f"rank-{rank:05d}.json"
+
+
+def rank_tensors(rank: int) -> str:
+    """The tensors that belong to one rank alone."""
+    return f"rank-{rank:05d}.safetensors"
+
+
+def best_label(metric: str) -> str:
+    """The label of the best checkpoint by ``metric``: ``val/loss`` gives ``best-val_loss``."""
+    return "best-" + re.sub(r"[^A-Za-z0-9._+=@-]", "_", metric)
+
+
+def is_safe(name: str) -> bool:
+    """Whether ``name`` is one plain path component that no shell, file system or reader trips over."""
+    return _SAFE.fullmatch(name) is not None and not name.endswith(" ")

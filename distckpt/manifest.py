@@ -1,0 +1,215 @@
+"""What distckpt writes down about a checkpoint: the manifest in it, and the record that makes it one.
+
+Both are JSON. The record binds the manifest by its digest, the manifest binds every file by size and digest,
+so that "the record is there" and "these are the bytes that were committed" are one check.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import xxhash
+
+from distckpt import layout, strict_json
+from distckpt.errors import DamagedCheckpoint, NewerVersion
+from distckpt.progress import Progress
+from distckpt.strict_json import take
+
+# Every older version stays readable for ever; a newer one is refused by name.
+VERSION = 1
+
+
+def digest(data: bytes) -> str:
+    """The xxh3-128 of ``data``, as 32 hex digits."""
+    return xxhash.xxh3_128_hexdigest(data)
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of a checkpoint: its path in the folder, its size, and the xxh3-128 of its bytes."""
+
+    path: str
+    size_bytes: int
+    xxh3_128: str
+
+    @classmethod
+    def from_fields(cls, fields: Any, what: str) -> FileEntry:
+        entry = cls(**_exactly(fields, {"path": str, "size_bytes": int, "xxh3_128": str}, what))
+        if not layout.is_safe(entry.path):
+            raise ValueError(f"{what}: {ascii(entry.path)[:80]} is no name of a file in a checkpoint")
+        if entry.size_bytes < 0:
+            raise ValueError(f"{what}: {entry.path} has a size of {entry.size_bytes} bytes")
+        return entry
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor of a checkpoint: the file it lies in, its key there, its dtype and its global shape."""
+
+    file: str
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @classmethod
+    def from_fields(cls, fields: Any, what: str) -> TensorEntry:
+        entry = _exactly(fields, {"file": str, "key": str, "dtype": str, "shape": list}, what)
+        if not all(type(extent) is int and extent >= 0 for extent in entry["shape"]):
+            raise ValueError(f"{what}: {ascii(entry['key'])[:80]} has the shape {ascii(entry['shape'])[:80]}")
+        return cls(**entry | {"shape": tuple(entry["shape"])})
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything about one checkpoint, as it lies in its folder: enough to verify, restore and export it.
+
+    Attributes:
+        reasons: why it was saved: ``interval``, ``best``, ``last``, ``asked``.
+        run, attempt: whose save it was: the id of the run's directory, and the how-manieth start of it.
+        serial: the how-manieth save of that attempt. ``(attempt, serial)`` is the order of checkpoints; steps are
+            not, as a run may be taken back to an older one, and clocks never are.
+        seconds: how long each phase of the save took before the commit.
+        environment: versions and, where known, the commit of the training code.
+        read_with: plain Python that opens the files without distckpt.
+    """
+
+    progress: Progress
+    format: str
+    world_size: int
+    reasons: tuple[str, ...]
+    created: str
+    run: str
+    attempt: int
+    serial: int
+    files: tuple[FileEntry, ...]
+    tensors: tuple[TensorEntry, ...] = ()
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
+    read_with: str = ""
+    version: int = VERSION
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(file.size_bytes for file in self.files)
+
+    def to_json(self) -> bytes:
+        return strict_json.dump(asdict(self))
+
+    @classmethod
+    def from_json(cls, data: bytes, what: str) -> Manifest:
+        """The manifest in ``data``.
+
+        Raises:
+            DamagedCheckpoint: where it is not one; the message begins with ``what``.
+            NewerVersion: where a newer distckpt wrote it.
+        """
+        try:
+            fields = strict_json.load(data, what)
+            _refuse_newer(fields, what)
+            common = _common(fields, what)
+            files = take(fields, "files", list, what)
+            tensors = take(fields, "tensors", list, what)
+            return cls(
+                **common,
+                files=tuple(FileEntry.from_fields(one, what) for one in files),
+                tensors=tuple(TensorEntry.from_fields(one, what) for one in tensors),
+                seconds=_numbers(take(fields, "seconds", dict, what), what),
+                environment={key: str(value) for key, value in take(fields, "environment", dict, what).items()},
+                read_with=take(fields, "read_with", str, what),
+            )
+        except (ValueError, TypeError) as error:
+            raise DamagedCheckpoint(str(error)) from error
+
+
+@dataclass(frozen=True)
+class Record:
+    """The small file beside a checkpoint that makes it one. What it does not say, the manifest does.
+
+    Attributes:
+        name: the folder or file that is committed.
+        total_bytes: of all its files.
+        content_bytes, content_xxh3_128: of the manifest; where the checkpoint is one file, of that file.
+        reasons, run, attempt, serial: as in `Manifest`.
+        metrics: what is known of it today; a later report rewrites them.
+    """
+
+    name: str
+    progress: Progress
+    format: str
+    world_size: int
+    reasons: tuple[str, ...]
+    created: str
+    run: str
+    attempt: int
+    serial: int
+    total_bytes: int
+    content_bytes: int
+    content_xxh3_128: str
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    version: int = VERSION
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Sorts checkpoints from the oldest to the newest."""
+        return self.attempt, self.serial
+
+    def with_metrics(self, metrics: Mapping[str, float], reasons: tuple[str, ...] = ()) -> Record:
+        """This record with more metrics, and more reasons, known."""
+        more = tuple(reason for reason in reasons if reason not in self.reasons)
+        return replace(self, metrics={**self.metrics, **metrics}, reasons=self.reasons + more)
+
+    def to_json(self) -> bytes:
+        fields = asdict(self)
+        return strict_json.dump(fields | {"self_xxh3_128": digest(strict_json.dump(fields))})
+
+    @classmethod
+    def from_json(cls, data: bytes, what: str) -> Record:
+        """The record in ``data``; raises as `Manifest.from_json` does."""
+        try:
+            fields = strict_json.load(data, what)
+            _refuse_newer(fields, what)
+            own = fields.pop("self_xxh3_128", None)
+            if own != digest(strict_json.dump(fields)):
+                raise ValueError(f"{what} is damaged: its own digest does not match")
+            sizes = {key: take(fields, key, int, what) for key in ("total_bytes", "content_bytes")}
+            return cls(
+                name=take(fields, "name", str, what),
+                content_xxh3_128=take(fields, "content_xxh3_128", str, what),
+                **sizes,
+                **_common(fields, what),
+            )
+        except (ValueError, TypeError) as error:
+            raise DamagedCheckpoint(str(error)) from error
+
+
+def _common(fields: dict[str, Any], what: str) -> dict[str, Any]:
+    progress = _exactly(fields.get("progress"), {"step": int, "epoch": int}, what)
+    reasons = take(fields, "reasons", list, what)
+    if not all(type(reason) is str for reason in reasons):
+        raise ValueError(f"{what}: 'reasons' should be words")
+    return {
+        "progress": Progress(**progress),
+        "reasons": tuple(reasons),
+        "metrics": _numbers(take(fields, "metrics", dict, what), what),
+        **{key: take(fields, key, str, what) for key in ("format", "created", "run")},
+        **{key: take(fields, key, int, what) for key in ("world_size", "attempt", "serial", "version")},
+    }
+
+
+def _exactly(fields: Any, kinds: Mapping[str, type], what: str) -> dict[str, Any]:
+    if type(fields) is not dict or fields.keys() != kinds.keys():
+        raise ValueError(f"{what}: {ascii(fields)[:80]} should have exactly {', '.join(kinds)}")
+    return {key: take(fields, key, kind, what) for key, kind in kinds.items()}
+
+
+def _numbers(fields: dict[str, Any], what: str) -> dict[str, float]:
+    return {key: take(fields, key, float, what) for key in fields}
+
+
+def _refuse_newer(fields: dict[str, Any], what: str) -> None:
+    version = take(fields, "version", int, what)
+    if version > VERSION:
+        raise NewerVersion(f"{what} has version {version}, this distckpt reads up to {VERSION}: upgrade distckpt to read it")

@@ -1,0 +1,133 @@
+"""The contract between ranks, and the one room in which they agree: `together` and `from_leader`.
+
+Nothing else in distckpt communicates. What ranks tell one another is small JSON (names, sizes, digests,
+errors), never a tensor and never a pickle.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from distckpt.errors import DistckptError, RankFailure
+
+# What JSON holds; a recursive alias would say so, but nothing here looks inside.
+Json = Any
+
+_log = logging.getLogger("distckpt")
+
+LEADER = 0
+
+
+class Ranks(Protocol):
+    """The processes of a job, seen from one of them. Each method says who must call it.
+
+    A method that waits for another rank has a deadline, and raises `RankFailure`, on every rank, with the
+    ranks that did not come. It is not bound to a thread, but two threads must not share one object: `fork` it.
+    """
+
+    rank: int
+    world_size: int
+
+    def exchange(self, during: str, value: Json) -> list[Json]:
+        """Everybody's ``value``, in the order of ranks. Collective."""
+        ...
+
+    def broadcast(self, during: str, value: Json) -> Json:
+        """The leader's ``value``. Collective; the leader does not wait for the others."""
+        ...
+
+    def listen(self, patience_seconds: float) -> Json | None:
+        """What the leader announced next, or ``None`` if it was nothing for so long. Not for the leader."""
+        ...
+
+    def announce(self, value: Json) -> None:
+        """Tell it to whoever listens, now or later; announcements keep their order. Leader only."""
+        ...
+
+    def fork(self, name: str) -> Ranks:
+        """The same ranks for another thread, whose words never mix with these. Collective, without waiting."""
+        ...
+
+    def close(self) -> None:
+        """Forget what these ranks still hold in common. Safe to call twice."""
+        ...
+
+
+class Solo:
+    """The only process of a job: every agreement is with itself."""
+
+    rank = 0
+    world_size = 1
+
+    def exchange(self, during: str, value: Json) -> list[Json]:
+        return [value]
+
+    def broadcast(self, during: str, value: Json) -> Json:
+        return value
+
+    def listen(self, patience_seconds: float) -> Json | None:
+        return None
+
+    def announce(self, value: Json) -> None:
+        return None
+
+    def fork(self, name: str) -> Ranks:
+        return self
+
+    def close(self) -> None:
+        return None
+
+
+def is_leader(ranks: Ranks) -> bool:
+    """Whether this rank is the one that decides."""
+    return ranks.rank == LEADER
+
+
+def together(ranks: Ranks, during: str, work: Callable[[], Json]) -> list[Json]:
+    """Everybody's result of ``work``, in the order of ranks; or the same `RankFailure` on all. Collective.
+
+    ``work`` runs alone: it is given no ranks to wait for, so a bad disk on one rank strands nobody.
+
+    Raises:
+        RankFailure: where ``work`` raised on any rank, with each failing rank's words; its ``__cause__`` is this
+            rank's own exception, if it had one. Also for ranks that did not come in time.
+    """
+    result, error = _attempt(work)
+    told = ranks.exchange(during, {"failed": _words(error)} if error else {"result": result})
+    failures = {rank: one["failed"] for rank, one in enumerate(told) if "failed" in one}
+    if failures:
+        raise RankFailure(during, failures) from error
+    return [one["result"] for one in told]
+
+
+def from_leader(ranks: Ranks, during: str, work: Callable[[], Json]) -> Json:
+    """The leader's result of ``work`` on every rank; or its failure on every rank. Collective.
+
+    Raises:
+        RankFailure: where ``work`` raised; on the leader its ``__cause__`` is the exception. Also where the leader
+            did not come in time.
+    """
+    error: Exception | None = None
+    told: Json = None
+    if is_leader(ranks):
+        result, error = _attempt(work)
+        told = {"failed": _words(error)} if error else {"result": result}
+    told = ranks.broadcast(during, told)
+    if "failed" in told:
+        raise RankFailure(during, {LEADER: told["failed"]}) from error
+    return told["result"]
+
+
+def _attempt(work: Callable[[], Json]) -> tuple[Json, Exception | None]:
+    try:
+        return work(), None
+    except Exception as error:  # told to every rank, and raised there
+        _log.debug("failed on this rank", exc_info=True)
+        return None, error
+
+
+def _words(error: Exception) -> str:
+    text = str(error)
+    return text if isinstance(error, DistckptError) and text else f"{type(error).__name__}: {text}"
