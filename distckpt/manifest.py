@@ -174,12 +174,12 @@ class Record:
             own = fields.pop("self_xxh3_128", None)
             if own != digest(strict_json.dump(fields)):
                 raise ValueError(f"{what} is damaged: its own digest does not match")
-            sizes = {key: take(fields, key, int, what) for key in ("total_bytes", "content_bytes")}
             return cls(
-                name=take(fields, "name", str, what),
-                content_xxh3_128=take(fields, "content_xxh3_128", str, what),
-                **sizes,
                 **_common(fields, what),
+                name=take(fields, "name", str, what),
+                total_bytes=take(fields, "total_bytes", int, what),
+                content_bytes=take(fields, "content_bytes", int, what),
+                content_xxh3_128=take(fields, "content_xxh3_128", str, what),
             )
         except (ValueError, TypeError) as error:
             raise DamagedCheckpoint(str(error)) from error
@@ -212,4 +212,6 @@ def _numbers(fields: dict[str, Any], what: str) -> dict[str, float]:
 def _refuse_newer(fields: dict[str, Any], what: str) -> None:
     version = take(fields, "version", int, what)
     if version > VERSION:
-        raise NewerVersion(f"{what} has version {version}, this distckpt reads up to {VERSION}: upgrade distckpt to read it")
+        raise NewerVersion(
+            f"{what} has version {version}, this distckpt reads up to {VERSION}: upgrade distckpt to read it"
+        )
