@@ -98,8 +98,12 @@ class Store(Protocol):
         ...
 
     def hold(self, path: str) -> bool:
-        """Hold the lock ``path`` until the process ends; ``False`` if another live process holds it. A courtesy
-        for people, not a fence: some file systems know locks of one host only."""
+        """Hold the lock ``path`` until `release` or the end of the process; ``False`` if another live process holds
+        it. A courtesy for people, not a fence: some file systems know locks of one host only."""
+        ...
+
+    def release(self, path: str) -> None:
+        """Hold that lock no longer. It is fine if it was not held."""
         ...
 
     def free_bytes(self) -> int | None:

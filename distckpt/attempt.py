@@ -1,0 +1,151 @@
+"""Who may write into a run's directory: the attempt, a number that every start of the run raises.
+
+Workers outlive a launcher that was killed, and a preempted job may linger on another node. Locks tell people so,
+but are no fence on network file systems. The fence is the number: a writer looks for a higher one before each
+commit and before each deletion, and if there is one, writes nothing more.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import socket
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from distckpt import layout, strict_json
+from distckpt.errors import DirectoryInUse, Superseded
+from distckpt.stores import Store
+from distckpt.strict_json import take
+
+_log = logging.getLogger("distckpt")
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The process that leads an attempt. ``job`` is what its restarts have in common, "" if nothing is known."""
+
+    host: str
+    pid: int
+    since: str
+    job: str = ""
+
+    @classmethod
+    def here(cls) -> Holder:
+        """This process, in the job that its launcher's variables name."""
+        return cls(socket.gethostname(), os.getpid(), datetime.now(UTC).isoformat(timespec="seconds"), _job())
+
+    def __str__(self) -> str:
+        job = f" of job {self.job}" if self.job else ""
+        return f"process {self.pid}{job} on {self.host}, since {self.since}"
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One start of a run. ``run`` is the id of the directory, the same for all its attempts."""
+
+    store: Store
+    run: str
+    number: int
+    holder: Holder
+
+    @classmethod
+    def start(cls, store: Store, holder: Holder) -> Attempt:
+        """The directory is this process's. Leader only.
+
+        Raises:
+            DirectoryInUse: where another live process holds it that is not of the same job.
+            OSError: where the directory cannot be written.
+        """
+        state = _read_state(store)
+        _refuse_live_holder(store, state, holder)
+        run = state["run"] if state else secrets.token_hex(8)
+        number = max([*_numbers(store), state["attempt"] if state else 0]) + 1
+        mark = strict_json.dump({"run": run, "attempt": number, "holder": asdict(holder)})
+        try:
+            store.publish(layout.attempt_file(number), mark)
+        except FileExistsError as error:
+            store.release(layout.LOCK)
+            raise DirectoryInUse(f"{store.url}: another process started at the same moment; it goes on") from error
+        attempt = cls(store, run, number, holder)
+        attempt._write_state("running")
+        for old in _numbers(store):
+            if old < number:
+                store.delete(layout.attempt_file(old))
+        return attempt
+
+    def check(self) -> None:
+        """This attempt is still the newest. Leader only; one listing.
+
+        Raises:
+            Superseded: naming the newer one.
+        """
+        newest = max(_numbers(self.store), default=self.number)
+        if newest > self.number:
+            state = _read_state(self.store)
+            who = f" ({state['holder']})" if state and state["attempt"] == newest else ""
+            raise Superseded(
+                f"{self.store.url}: attempt {newest}{who} has taken over from attempt {self.number} "
+                f"({self.holder}), which saves no more: stop this process"
+            )
+
+    def end(self) -> None:
+        """The directory is free for the next process. Leader only."""
+        if max(_numbers(self.store), default=self.number) == self.number:
+            self._write_state("finished")
+        self.store.release(layout.LOCK)
+
+    def _write_state(self, state: str) -> None:
+        fields = {"run": self.run, "attempt": self.number, "state": state, "holder": asdict(self.holder)}
+        self.store.put(layout.RUN, strict_json.dump(fields))
+
+
+def _refuse_live_holder(store: Store, state: dict[str, Any] | None, holder: Holder) -> None:
+    was_free = store.hold(layout.LOCK)
+    other: Holder | None = state["holder"] if state else None
+    if was_free:
+        if state and other and state["state"] == "running" and other.host != holder.host:
+            _log.warning("%s: taking over from %s, which did not end in order", store.url, other)
+        return
+    if other and (holder.job and other.job == holder.job):
+        return
+    raise DirectoryInUse(
+        f"{store.url} is in use by {other or 'another process'}: two runs cannot save into one directory. "
+        "End that process, or give this run a directory of its own"
+    )
+
+
+def _read_state(store: Store) -> dict[str, Any] | None:
+    try:
+        fields = strict_json.load(store.read(layout.RUN), layout.RUN)
+        holder = take(fields, "holder", dict, layout.RUN)
+        return {
+            "run": take(fields, "run", str, layout.RUN),
+            "attempt": take(fields, "attempt", int, layout.RUN),
+            "state": take(fields, "state", str, layout.RUN),
+            "holder": Holder(
+                host=take(holder, "host", str, layout.RUN),
+                pid=take(holder, "pid", int, layout.RUN),
+                since=take(holder, "since", str, layout.RUN),
+                job=take(holder, "job", str, layout.RUN),
+            ),
+        }
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        # A run goes on without it: checkpoints have records of their own, and attempts their files.
+        _log.warning("%s: %s; it is written anew", store.url, error)
+        return None
+
+
+def _numbers(store: Store) -> list[int]:
+    return [number for name in store.list() if (number := layout.parse_attempt(name)) is not None]
+
+
+def _job() -> str:
+    if job := os.environ.get("SLURM_JOB_ID"):
+        return f"slurm {job}"
+    run = os.environ.get("TORCHELASTIC_RUN_ID", "none")  # torchrun says "none" where nobody chose an id
+    return "" if run == "none" else f"torchrun {run}"

@@ -1,0 +1,275 @@
+"""Which checkpoints exist: they do if and only if their record does.
+
+Written bottom-up (data, manifest, record), deleted top-down (record, folder). A folder or file without a record is
+no checkpoint: it is being written, or was left by a save that did not end.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+
+from distckpt import layout, strict_json
+from distckpt.attempt import Attempt
+from distckpt.errors import DamagedCheckpoint, NewerVersion, RestoreError
+from distckpt.manifest import FileEntry, Manifest, Record, digest
+from distckpt.progress import Progress
+from distckpt.stores import Store
+
+_log = logging.getLogger("distckpt")
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A place that one save has for itself. ``path`` is where it writes, ``name`` what it will be called."""
+
+    name: str
+    path: str
+    is_folder: bool
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What one look at a directory found: records from the oldest to the newest, and records that say nothing."""
+
+    records: list[Record]
+    unreadable: Mapping[str, RestoreError] = field(default_factory=dict)
+
+
+def scan(store: Store) -> Listing:
+    """The checkpoints in ``store``; one listing, and one small read for each."""
+    records: list[Record] = []
+    unreadable: dict[str, RestoreError] = {}
+    for entry in store.list():
+        name = layout.recorded_by(entry)
+        if name is None:
+            continue
+        try:
+            records.append(read_record(store, name))
+        except FileNotFoundError:
+            continue  # deleted since the listing
+        except RestoreError as error:
+            unreadable[name] = error
+    return Listing(sorted(records, key=lambda record: record.order), unreadable)
+
+
+def read_record(store: Store, name: str) -> Record:
+    """The record of ``name``.
+
+    Raises:
+        FileNotFoundError: where it is not committed.
+        DamagedCheckpoint, NewerVersion: where the record cannot be read.
+    """
+    path = layout.record_of(name)
+    try:
+        record = Record.from_json(store.read(path), path)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise DamagedCheckpoint(f"{path} cannot be read: {error}") from error
+    if record.name != name:
+        raise DamagedCheckpoint(f"{path} is the record of {ascii(record.name)[:80]}")
+    return record
+
+
+def read_manifest(store: Store, record: Record) -> Manifest:
+    """The manifest that ``record`` binds; for a checkpoint of one file, what the record says of that file.
+
+    Raises:
+        DamagedCheckpoint, NewerVersion: where it is not there, or not what was committed.
+    """
+    if layout.StepName.parse(record.name) is None:
+        file = FileEntry(record.name, record.content_bytes, record.content_xxh3_128)
+        return _manifest_of_file(record, file)
+    path = f"{record.name}/{layout.MANIFEST}"
+    try:
+        data = store.read(path)
+    except (OSError, EOFError) as error:
+        raise DamagedCheckpoint(f"{path} cannot be read: {error}") from error
+    if len(data) != record.content_bytes or digest(data) != record.content_xxh3_128:
+        raise DamagedCheckpoint(f"{path} is not the one that was committed")
+    return Manifest.from_json(data, path)
+
+
+class Catalog:
+    """The checkpoints of one run, and the right to change them. Leader only."""
+
+    def __init__(self, store: Store, attempt: Attempt) -> None:
+        self.store = store
+        self.attempt = attempt
+        self._serial = max((r.serial for r in scan(store).records if r.attempt == attempt.number), default=0)
+
+    def scan(self) -> Listing:
+        return scan(self.store)
+
+    def begin(self, progress: Progress, file_name: str | None = None) -> Draft:
+        """A fresh place to write to, which no other save ever had: a folder, or the draft of ``file_name``.
+
+        Raises:
+            Superseded: where a newer attempt has taken over.
+        """
+        self.attempt.check()
+        if file_name is not None:
+            path = f"{layout.DRAFT_PREFIX}{file_name}-{self.attempt.number}.{secrets.token_hex(4)}"
+            return Draft(file_name, path, is_folder=False)
+        taken = {layout.recorded_by(entry) or entry for entry in self.store.list()}
+        name = layout.StepName(progress.step)
+        while str(name) in taken:
+            name = replace(name, take=name.take + 1)
+        self.store.make_folder(str(name))
+        claim = {"run": self.attempt.run, "attempt": self.attempt.number, "since": _now()}
+        self.store.put(f"{name}/{layout.CLAIM}", strict_json.dump(claim))
+        return Draft(str(name), str(name), is_folder=True)
+
+    def commit(self, draft: Draft, manifest: Manifest) -> Record:
+        """The checkpoint exists from now on, and outlives a power cut. Its data must be durable before.
+
+        Raises:
+            Superseded: where a newer attempt has taken over; nothing is published then.
+            OSError: where it could not be published. If the record is there all the same, only its durability is
+                unknown; it is left alone.
+        """
+        self._serial += 1
+        manifest = replace(
+            manifest, run=self.attempt.run, attempt=self.attempt.number, serial=self._serial, created=_now()
+        )
+        if draft.is_folder:
+            content = manifest.to_json()
+            self.store.put(f"{draft.path}/{layout.MANIFEST}", content)
+            self.store.settle(draft.path)
+            self.store.settle()
+            record = _record(draft.name, manifest, len(content), digest(content))
+            self.attempt.check()
+        else:
+            (file,) = manifest.files
+            record = _record(draft.name, manifest, file.size_bytes, file.xxh3_128)
+            self.attempt.check()
+            self._replace_file(draft)
+        self.store.publish(layout.record_of(draft.name), record.to_json())
+        return record
+
+    def relabel(self, record: Record) -> None:
+        """The record on disk says what ``record`` says."""
+        self.attempt.check()
+        self.store.put(layout.record_of(record.name), record.to_json())
+
+    def abandon(self, draft: Draft) -> None:
+        """What the draft holds is gone, unless it was committed after all."""
+        if self.store.exists(layout.record_of(draft.name)) and draft.is_folder:
+            return
+        if draft.is_folder:
+            self._discard(draft.path)
+        else:
+            self.store.delete(draft.path)
+
+    def delete(self, record: Record) -> None:
+        """The checkpoint is no more: first its record, durably, then what it named.
+
+        Raises:
+            Superseded: where a newer attempt has taken over; nothing is deleted then.
+        """
+        self.attempt.check()
+        self.store.delete(layout.record_of(record.name))
+        self.store.settle()
+        if layout.StepName.parse(record.name) is not None:
+            self._discard(record.name)
+        else:
+            self.store.delete(record.name)
+
+    def sweep(self) -> list[str]:
+        """What saves that did not end have left is gone, and was so much. Only between saves, and only what this run
+        claimed: a folder of anybody else is not ours to judge.
+
+        Raises:
+            Superseded: where a newer attempt has taken over; nothing is deleted then.
+        """
+        self.attempt.check()
+        entries = self.store.list()
+        left = [entry for entry in entries if entry.startswith((layout.DRAFT_PREFIX, layout.TRASH_PREFIX))]
+        for entry in entries:
+            if layout.StepName.parse(entry) and layout.record_of(entry) not in entries and self._is_ours(entry):
+                left.append(entry)
+        for entry in left:
+            if entry.startswith(layout.DRAFT_PREFIX):
+                self.store.delete(entry)
+            else:
+                self._discard(entry)
+        return left
+
+    def _is_ours(self, folder: str) -> bool:
+        inside = self.store.list(folder)
+        if not inside:
+            return True  # killed between the folder and its claim; a live save fails at its next step, and says so
+        try:
+            claim = strict_json.load(self.store.read(f"{folder}/{layout.CLAIM}"), layout.CLAIM)
+        except (OSError, EOFError, ValueError):
+            return False
+        number = claim.get("attempt")
+        return claim.get("run") == self.attempt.run and type(number) is int and number <= self.attempt.number
+
+    def _discard(self, folder: str) -> None:
+        trash = folder
+        if not folder.startswith(layout.TRASH_PREFIX):
+            trash = f"{layout.TRASH_PREFIX}{folder}-{secrets.token_hex(4)}"
+            self.store.move(folder, trash)
+        self.store.delete_folder(trash)
+
+    def _replace_file(self, draft: Draft) -> None:
+        record = layout.record_of(draft.name)
+        if self.store.exists(record):
+            # The old file must not stand under the new record, nor the new one under the old.
+            self.store.delete(record)
+            self.store.settle()
+        self.store.move(draft.path, draft.name)
+        self.store.settle()
+
+
+def refuse_newer(listing: Listing) -> None:
+    """Every record could be of this or an older version.
+
+    Raises:
+        NewerVersion: passing over a newer one in silence would take the run back without a word.
+    """
+    for error in listing.unreadable.values():
+        if isinstance(error, NewerVersion):
+            raise error
+
+
+def _record(name: str, manifest: Manifest, content_bytes: int, content_xxh3_128: str) -> Record:
+    return Record(
+        name=name,
+        progress=manifest.progress,
+        format=manifest.format,
+        world_size=manifest.world_size,
+        reasons=manifest.reasons,
+        created=manifest.created,
+        run=manifest.run,
+        attempt=manifest.attempt,
+        serial=manifest.serial,
+        total_bytes=manifest.total_bytes,
+        content_bytes=content_bytes,
+        content_xxh3_128=content_xxh3_128,
+        metrics=manifest.metrics,
+    )
+
+
+def _manifest_of_file(record: Record, file: FileEntry) -> Manifest:
+    return Manifest(
+        progress=record.progress,
+        format=record.format,
+        world_size=record.world_size,
+        reasons=record.reasons,
+        created=record.created,
+        run=record.run,
+        attempt=record.attempt,
+        serial=record.serial,
+        files=(file,),
+        metrics=record.metrics,
+    )
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

@@ -1,0 +1,154 @@
+"""One save, whole: every rank cuts and writes its part, the leader commits, then what no rule keeps is deleted.
+
+It runs in a background thread or on the training thread alike. All that ranks say to one another here is in
+`together` and `from_leader`; what touches the disk is given no ranks to wait for.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from distckpt.catalog import Catalog, Draft
+from distckpt.errors import RankFailure, SaveFailed
+from distckpt.formats import Format, Snapshot, Written
+from distckpt.manifest import FileEntry, Manifest, Record, TensorEntry
+from distckpt.progress import Progress
+from distckpt.ranks import Json, Ranks, from_leader, is_leader, together
+from distckpt.stores import Store
+
+_log = logging.getLogger("distckpt")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One save, as one rank sees it.
+
+    Attributes:
+        snapshot: this rank's state; raises what went wrong when it was cut, so that every rank learns it.
+        file_name: how a checkpoint of one file is called; folders are called by their step.
+        environment: goes to the manifest: versions, the commit of the training code.
+    """
+
+    progress: Progress
+    reasons: tuple[str, ...]
+    snapshot: Callable[[], Snapshot]
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    file_name: str | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+class AfterCommit(Protocol):
+    """What the leader does once a checkpoint exists: labels, retention, one line to the log."""
+
+    def __call__(self, record: Record, seconds: Mapping[str, float]) -> None: ...
+
+
+def save(
+    job: Job, *, format: Format, store: Store, ranks: Ranks, catalog: Catalog | None, after: AfterCommit
+) -> Record:
+    """The checkpoint is committed, and every rank holds its record. Collective.
+
+    Args:
+        catalog: the right to commit; the leader's alone.
+
+    Raises:
+        SaveFailed: on every rank, with each failing rank's words. Nothing was committed, nothing committed was
+            touched, and the next save starts afresh.
+    """
+    what = f"save of step {job.progress.step}"
+    clock = _Clock()
+    draft: Draft | None = None
+    try:
+        together(ranks, f"{what} (snapshot)", lambda: bool(job.snapshot()))
+        draft = _to_draft(from_leader(ranks, f"{what} (begin)", lambda: _begin(catalog, job)))
+        clock.lap("agree")
+        told = together(ranks, f"{what} (write)", lambda: _write(job, format, store, draft, ranks.rank))
+        clock.lap("write")
+        record = from_leader(ranks, f"{what} (commit)", lambda: _commit(catalog, draft, job, format, told, clock))
+        clock.lap("commit")
+    except RankFailure as failure:
+        if draft is not None and catalog is not None:
+            _abandon(catalog, draft)
+        raise SaveFailed(failure.during, failure.failures) from failure.__cause__
+    committed = Record.from_json(record.encode(), "record")
+    if is_leader(ranks):
+        after(committed, clock.seconds)
+    return committed
+
+
+def _begin(catalog: Catalog | None, job: Job) -> Json:
+    draft = _owned(catalog).begin(job.progress, job.file_name)
+    return [draft.name, draft.path, draft.is_folder]
+
+
+def _to_draft(told: Json) -> Draft:
+    name, path, is_folder = told
+    return Draft(name, path, is_folder)
+
+
+def _write(job: Job, format: Format, store: Store, draft: Draft, rank: int) -> Json:
+    written = format.write(job.snapshot(), store, draft.path, rank)
+    if draft.is_folder and written.files:
+        store.settle(draft.path)  # each client of a network file system must do it for its own names
+    return {
+        "files": [[file.path, file.size_bytes, file.xxh3_128] for file in written.files],
+        "tensors": [[one.file, one.key, one.dtype, list(one.shape)] for one in written.tensors],
+    }
+
+
+def _commit(catalog: Catalog | None, draft: Draft, job: Job, format: Format, told: list[Json], clock: _Clock) -> Json:
+    written = [_to_written(one) for one in told]
+    manifest = Manifest(
+        progress=job.progress,
+        format=format.name,
+        world_size=len(told),
+        reasons=job.reasons,
+        created="",
+        run="",
+        attempt=0,
+        serial=0,
+        files=tuple(file for one in written for file in one.files),
+        tensors=tuple(tensor for one in written for tensor in one.tensors),
+        metrics=job.metrics,
+        seconds=clock.seconds,
+        environment=job.environment,
+        read_with=format.read_with,
+    )
+    if not draft.is_folder:
+        manifest = replace(manifest, files=tuple(replace(file, path=draft.name) for file in manifest.files))
+    return _owned(catalog).commit(draft, manifest).to_json().decode()
+
+
+def _to_written(told: Any) -> Written:
+    return Written(
+        files=tuple(FileEntry(*one) for one in told["files"]),
+        tensors=tuple(TensorEntry(file, key, dtype, tuple(shape)) for file, key, dtype, shape in told["tensors"]),
+    )
+
+
+def _abandon(catalog: Catalog, draft: Draft) -> None:
+    try:
+        catalog.abandon(draft)
+    except OSError as error:
+        # The disk may be full or gone; what is left is no checkpoint, and a later sweep takes it.
+        _log.warning("%s: what the failed save left could not be removed: %s", draft.path, error)
+
+
+def _owned(catalog: Catalog | None) -> Catalog:
+    assert catalog is not None, "the leader holds the catalog"
+    return catalog
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._then = time.monotonic()
+
+    def lap(self, phase: str) -> None:
+        now = time.monotonic()
+        self.seconds[phase] = round(now - self._then, 6)
+        self._then = now
