@@ -68,8 +68,8 @@ def read_newest(
             _log.warning("%s is damaged and passed over; it is left for inspection. %s", record.name, told)
     if skipped:
         raise NoCheckpoint(
-            f"{store.url}: none of the committed checkpoints can be read ({', '.join(skipped)}). They are left as they "
-            "are; to start from nothing, use another directory"
+            f"{store.url}: none of the committed checkpoints can be read ({', '.join(skipped)}). They are left as "
+            "they are; to start from nothing, use another directory"
         )
     return None
 

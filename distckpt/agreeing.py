@@ -1,0 +1,152 @@
+"""At which step all ranks act on what the leader alone knows: a clock ran out, a save failed, somebody asked.
+
+In the steady state it costs a training step one look at a flag. When the leader asks for something, the listener
+thread of each rank names the next step boundary that its training thread has not yet begun to pass, and all act at
+the latest one named. Training threads say nothing themselves, so a rank that waits in a collective of its own step
+holds nobody up.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass
+from datetime import timedelta
+
+from distckpt.errors import RankFailure
+from distckpt.ranks import Json, Ranks, is_leader
+
+_log = logging.getLogger("distckpt")
+
+_PATIENCE_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Request:
+    """Something that all ranks do at the same step: ``what`` it is, and why, in words."""
+
+    what: str
+    why: str
+
+
+class Requests:
+    """What the leader asks of all ranks, acted on by all at the same step boundary.
+
+    A boundary is a number that every rank passes in the same order, once: here, the count of training steps done.
+    """
+
+    def __init__(self, ranks: Ranks, timeout: timedelta) -> None:
+        self._ranks = ranks
+        self._timeout = timeout
+        self._changed = threading.Condition()
+        self._asked: deque[Request] = deque()
+        self._named: deque[tuple[Request, int, int | None]] = deque()  # request, boundary named here, agreed
+        self._boundary = 0
+        self._closed = False
+        self._failure: RankFailure | None = None
+        self._thread = threading.Thread(target=self._listen, name="distckpt-requests", daemon=True)
+        if ranks.world_size > 1:
+            self._thread.start()
+
+    def ask(self, request: Request) -> None:
+        """All ranks will do it at one of their next boundaries. Leader only, from any thread; returns at once."""
+        with self._changed:
+            if self._ranks.world_size == 1:
+                self._named.append((request, 0, 0))
+            else:
+                self._asked.append(request)
+            self._changed.notify_all()
+
+    def due(self, boundary: int) -> list[Request]:
+        """What all ranks do at this boundary. Every rank must call it at each of its boundaries.
+
+        A look at a flag, unless something was asked: then it may wait until all ranks have named their boundary.
+
+        Raises:
+            RankFailure: where a rank did not name its boundary in time.
+        """
+        due: list[Request] = []
+        with self._changed:
+            self._boundary = boundary
+            while self._named:
+                request, named, agreed = self._named[0]
+                if agreed is None and boundary >= named:
+                    agreed = self._wait_for_agreement()
+                if agreed is None or boundary < agreed:
+                    break
+                self._named.popleft()
+                due.append(request)
+            failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+        return due
+
+    def close(self) -> None:
+        """Nothing is asked any more. Safe to call twice."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        if self._thread.is_alive():
+            self._thread.join(2 * _PATIENCE_SECONDS + 1)
+
+    def _wait_for_agreement(self) -> int | None:
+        def is_settled() -> bool:
+            return self._closed or not self._named or self._named[0][2] is not None
+
+        # The exchange in the listener has a deadline of its own; this one only guards against its death.
+        self._changed.wait_for(is_settled, 3 * self._timeout.total_seconds() + 10)
+        return self._named[0][2] if self._named else None
+
+    def _listen(self) -> None:
+        try:
+            while (told := self._next()) is not None:
+                self._agree(Request(told["what"], told["why"]))
+        except RankFailure as failure:
+            with self._changed:
+                if not self._closed:
+                    self._failure = failure
+                self._named.clear()
+                self._changed.notify_all()
+
+    def _next(self) -> Json | None:
+        if not is_leader(self._ranks):
+            while not self._closed:
+                told = self._ranks.listen(_PATIENCE_SECONDS)
+                if told is not None:
+                    return told
+            return None
+        with self._changed:
+            self._changed.wait_for(lambda: self._asked or self._closed)
+            if not self._asked:
+                return None
+            request = self._asked.popleft()
+        told = {"what": request.what, "why": request.why}
+        self._ranks.announce(told)
+        return told
+
+    def _agree(self, request: Request) -> None:
+        with self._changed:
+            named = self._boundary + 1
+            self._named.append((request, named, None))
+        agreed = max(self._ranks.exchange(f"choice of a step for {request.what!r}", named))
+        with self._changed:
+            self._named[-1] = (request, named, agreed)
+            self._changed.notify_all()
+
+
+class Stopwatch:
+    """Whether a period has passed since it was last started. Leader only: clocks of ranks differ."""
+
+    def __init__(self, period: timedelta) -> None:
+        self._period_seconds = period.total_seconds()
+        self.restart()
+
+    def restart(self) -> None:
+        """The period begins now."""
+        self._start = time.monotonic()
+
+    @property
+    def is_over(self) -> bool:
+        return time.monotonic() - self._start >= self._period_seconds

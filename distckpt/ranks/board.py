@@ -1,0 +1,179 @@
+"""How ranks agree through a board: a key-value store that all of them can post to and read from.
+
+No collective of a process group is used, so this works in any thread, knows who did not come, and never disturbs
+training's own communication.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Protocol, TypeVar
+
+from distckpt.errors import RankFailure
+from distckpt.ranks import LEADER, Json, Ranks
+
+# Looking costs about 40 microseconds on a c10d store; a wait begins eager and becomes lazy.
+_FIRST_PAUSE_SECONDS = 0.0002
+_LONGEST_PAUSE_SECONDS = 0.02
+# A board serves this many looks of idle listeners a second without feeling them.
+_IDLE_LOOKS_PER_SECOND = 5000
+_GRACE_SECONDS = 5.0
+
+T = TypeVar("T")
+
+
+class Board(Protocol):
+    """A key-value store that all ranks see. Errors are any exception; `BoardRanks` turns them into `RankFailure`."""
+
+    def post(self, key: str, value: str) -> None:
+        """The value is there for all."""
+        ...
+
+    def look(self, key: str) -> str | None:
+        """The value; ``None`` while nothing was posted. Never waits."""
+        ...
+
+    def remove(self, key: str) -> None:
+        """The key is free again. It is fine if it was."""
+        ...
+
+    def clone(self) -> Board:
+        """The same board for another thread."""
+        ...
+
+
+class BoardRanks:
+    """Ranks that agree through a board; see `distckpt.ranks.Ranks` for what each method promises.
+
+    Args:
+        name: keeps the words of these ranks apart from those of any others on the board; equal on all ranks.
+        timeout: how long a rank waits for another before it gives it up.
+    """
+
+    def __init__(self, board: Board, rank: int, world_size: int, *, name: str, timeout: timedelta) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self._board = board
+        self._name = name
+        self._timeout = timeout
+        self._round = 0
+        self._told = 0
+        self._mine: list[str] = []
+
+    def exchange(self, during: str, value: Json) -> list[Json]:
+        self._round += 1
+        post = json.dumps({"during": during, "value": value}, allow_nan=False)
+        self._post(self._key(self.rank), post, during)
+        if self.rank == LEADER:
+            answer = self._gather(during, post)
+            self._tidy()
+            self._post(self._key("all"), json.dumps(answer), during)
+        else:
+            answer = json.loads(self._await_leader(during))
+            self._tidy()
+        self._mine.append(self._key(self.rank))
+        if self.rank == LEADER:
+            self._mine.append(self._key("all"))
+        if "failures" in answer:
+            raise RankFailure(during, {int(rank): what for rank, what in answer["failures"].items()})
+        values: list[Json] = answer["values"]
+        return values
+
+    def broadcast(self, during: str, value: Json) -> Json:
+        self._round += 1
+        if self.rank == LEADER:
+            self._post(self._key("all"), json.dumps({"during": during, "value": value}, allow_nan=False), during)
+            self._mine.append(self._key("all"))
+            return value
+        answer = json.loads(self._await(self._key("all"), during, self._seconds, LEADER))
+        if answer.get("during") != during:
+            raise RankFailure(during, {LEADER: f"was in {answer.get('during')!r} instead"})
+        return answer["value"]
+
+    def listen(self, patience_seconds: float) -> Json | None:
+        key = f"{self._name}/told/{self._told + 1}"
+        pause = max(0.05, self.world_size / _IDLE_LOOKS_PER_SECOND)
+        deadline = time.monotonic() + patience_seconds
+        while (text := self._look(key, "listen")) is None:
+            if time.monotonic() >= deadline:
+                return None
+            time.sleep(min(pause, patience_seconds))
+        self._told += 1
+        return json.loads(text)
+
+    def announce(self, value: Json) -> None:
+        self._told += 1
+        self._post(f"{self._name}/told/{self._told}", json.dumps(value, allow_nan=False), "announce")
+
+    def fork(self, name: str) -> Ranks:
+        return BoardRanks(
+            self._board.clone(), self.rank, self.world_size, name=f"{self._name}/{name}", timeout=self._timeout
+        )
+
+    def close(self) -> None:
+        return None  # what is left are a few small keys, which go with the board
+
+    @property
+    def _seconds(self) -> float:
+        return self._timeout.total_seconds()
+
+    def _key(self, who: int | str) -> str:
+        return f"{self._name}/{self._round}/{who}"
+
+    def _gather(self, during: str, own: str) -> Json:
+        deadline = time.monotonic() + self._seconds
+        posts = {LEADER: own}
+        failures: dict[int, str] = {}
+        for rank in range(self.world_size):
+            if rank == LEADER:
+                continue
+            try:
+                posts[rank] = self._await(self._key(rank), during, deadline - time.monotonic(), rank)
+            except RankFailure as failure:
+                failures.update(failure.failures)
+        found = {rank: json.loads(post) for rank, post in sorted(posts.items())}
+        failures.update(_elsewhere(during, {rank: post["during"] for rank, post in found.items()}))
+        return {"failures": failures} if failures else {"values": [post["value"] for post in found.values()]}
+
+    def _await_leader(self, during: str) -> str:
+        # The leader waits from its own arrival on, so its arrival and its answer are two waits.
+        self._await(self._key(LEADER), during, self._seconds, LEADER)
+        return self._await(self._key("all"), during, self._seconds + _GRACE_SECONDS, LEADER)
+
+    def _await(self, key: str, during: str, seconds: float, whom: int) -> str:
+        deadline = time.monotonic() + max(0.0, seconds)
+        pause = _FIRST_PAUSE_SECONDS
+        while (text := self._look(key, during)) is None:
+            if time.monotonic() >= deadline:
+                raise RankFailure(
+                    during, {whom: f"did not come within {self._timeout} (it died, hangs, or was not called)"}
+                )
+            time.sleep(pause)
+            pause = min(pause * 1.5, _LONGEST_PAUSE_SECONDS)
+        return text
+
+    def _tidy(self) -> None:
+        # Everybody has come to this round, so all have read what the rounds before it said.
+        for key in self._mine:
+            self._board.remove(key)
+        self._mine.clear()
+
+    def _post(self, key: str, value: str, during: str) -> None:
+        self._guarded(during, lambda: self._board.post(key, value))
+
+    def _look(self, key: str, during: str) -> str | None:
+        return self._guarded(during, lambda: self._board.look(key))
+
+    def _guarded(self, during: str, call: Callable[[], T]) -> T:
+        try:
+            return call()
+        except Exception as error:
+            raise RankFailure(during, {LEADER: f"its store is gone ({type(error).__name__}: {error})"}) from error
+
+
+def _elsewhere(during: str, places: dict[int, str]) -> dict[int, str]:
+    """The ranks that are doing something else than the leader: all would wait for ever for what none does."""
+    return {rank: f"was in {place!r} instead" for rank, place in places.items() if place != during}
