@@ -100,7 +100,7 @@ class Catalog:
     def __init__(self, store: Store, attempt: Attempt) -> None:
         self.store = store
         self.attempt = attempt
-        self._serial = max((r.serial for r in scan(store).records if r.attempt == attempt.number), default=0)
+        self._serial = 0
 
     def scan(self) -> Listing:
         return scan(self.store)
@@ -155,6 +155,21 @@ class Catalog:
         """The record on disk says what ``record`` says."""
         self.attempt.check()
         self.store.put(layout.record_of(record.name), record.to_json())
+
+    def alias(self, record: Record, name: str, *, reasons: tuple[str, ...], metrics: Mapping[str, float]) -> Record:
+        """The file of ``record`` is a checkpoint under a second name too, with a record of its own. No byte is
+        written again where the store knows hard links. An older checkpoint of that name is replaced.
+
+        Raises:
+            Superseded: where a newer attempt has taken over; nothing is changed then.
+        """
+        self.attempt.check()
+        self._serial += 1
+        own = replace(record, name=name, reasons=reasons, metrics={**record.metrics, **metrics}, serial=self._serial)
+        self._forget(name)
+        self.store.link(record.name, name)
+        self.store.publish(layout.record_of(name), own.to_json())
+        return own
 
     def abandon(self, draft: Draft) -> None:
         """What the draft holds is gone, unless it was committed after all."""
@@ -218,13 +233,15 @@ class Catalog:
         self.store.delete_folder(trash)
 
     def _replace_file(self, draft: Draft) -> None:
-        record = layout.record_of(draft.name)
-        if self.store.exists(record):
-            # The old file must not stand under the new record, nor the new one under the old.
-            self.store.delete(record)
-            self.store.settle()
+        self._forget(draft.name)
         self.store.move(draft.path, draft.name)
         self.store.settle()
+
+    def _forget(self, name: str) -> None:
+        # The old file must not stand under the new record, nor the new one under the old.
+        if self.store.exists(layout.record_of(name)):
+            self.store.delete(layout.record_of(name))
+            self.store.settle()
 
 
 def refuse_newer(listing: Listing) -> None:

@@ -1,4 +1,4 @@
-"""One background thread that does one job at a time, and never loses an error."""
+"""One background thread that does one job at a time."""
 
 from __future__ import annotations
 
@@ -18,15 +18,14 @@ _log = logging.getLogger("distckpt")
 class Writer(Generic[T]):
     """Does jobs in the background, in the order in which they were submitted.
 
-    An error of a job is kept until somebody asks for it with `take_error` or `wait`; the thread lives on. At the end
-    of the process what was submitted is still finished, for at most ``exit_seconds``.
+    An error of a job is in its future; the thread lives on. At the end of the process what was submitted is still
+    finished, for at most ``exit_seconds``.
     """
 
     def __init__(self, name: str, *, exit_seconds: float = 600.0) -> None:
         self._name = name
         self._jobs: list[tuple[Callable[[], T], Future[T]]] = []
         self._current: Future[T] | None = None
-        self._error: BaseException | None = None
         self._changed = threading.Condition()
         self._closed = False
         self._thread: threading.Thread | None = None
@@ -62,12 +61,6 @@ class Writer(Generic[T]):
         with self._changed:
             return self._changed.wait_for(lambda: not self._jobs and self._current is None, timeout_seconds)
 
-    def take_error(self) -> BaseException | None:
-        """The first error that nobody has taken yet; it is given once."""
-        with self._changed:
-            error, self._error = self._error, None
-            return error
-
     def close(self, timeout_seconds: float | None = None) -> bool:
         """No job is taken any more. Whether all ended within that time. Safe to call twice."""
         with self._changed:
@@ -88,10 +81,8 @@ class Writer(Generic[T]):
             job, future = next_job
             try:
                 future.set_result(job())
-            except BaseException as error:  # kept for the training thread, which raises it
+            except BaseException as error:  # raised by the training thread, when it asks the future
                 future.set_exception(error)
-                with self._changed:
-                    self._error = self._error or error
             finally:
                 with self._changed:
                     self._current = None

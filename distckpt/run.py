@@ -1,0 +1,264 @@
+"""One process's part in a run: its hold on the directory, its ranks, its writer, and what became of each save."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future
+from datetime import timedelta
+from typing import Protocol
+
+from distckpt import layout, strict_json
+from distckpt.agreeing import Request, Requests
+from distckpt.attempt import Attempt, Holder
+from distckpt.catalog import Catalog
+from distckpt.errors import DistckptError
+from distckpt.formats import Format
+from distckpt.manifest import Record
+from distckpt.ranks import Ranks, from_leader, is_leader, together
+from distckpt.restoring import Restored, read_newest
+from distckpt.saving import Job, save
+from distckpt.stores import Store
+from distckpt.writer import Writer
+
+_log = logging.getLogger("distckpt")
+
+_FAILURE = "failure of save"
+_PROBE_SECONDS = 70.0  # network file systems may keep "not there" in mind for a minute
+
+
+class Keeping(Protocol):
+    """What is done to the checkpoints of a run once a new one exists."""
+
+    def to_delete(self, records: Sequence[Record]) -> list[Record]:
+        """Those that no rule keeps, of ``records`` from the oldest to the newest."""
+        ...
+
+    def label(self, catalog: Catalog, records: Sequence[Record]) -> None:
+        """The labels on disk say what ``records`` say."""
+        ...
+
+
+class Run:
+    """A run's directory, as one of its processes uses it. Every method is collective unless it says otherwise.
+
+    Construction claims the directory, and finds out whether all ranks see it.
+
+    Args:
+        format: how new checkpoints are written. ``get_format`` finds the one of an old checkpoint by its name.
+        on_event: called on the leader with one record for each event, from the writer's thread.
+        timeout: how long a rank waits for another before it gives it up, and training for a save to end.
+
+    Raises:
+        RankFailure: on all ranks, where the leader could not claim the directory or a rank does not see it.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        ranks: Ranks,
+        format: Format,
+        get_format: Callable[[str], Format],
+        keeping: Keeping,
+        timeout: timedelta,
+        on_event: Callable[[Mapping[str, object]], None] | None = None,
+    ) -> None:
+        self.store = store
+        self.ranks = ranks
+        self.timeout = timeout
+        self._format = format
+        self._get_format = get_format
+        self._keeping = keeping
+        self._on_event = on_event
+        self.catalog = self._claim()
+        self.requests = Requests(ranks.fork("requests"), timeout)
+        self._writer_ranks = ranks.fork("writer")
+        self._writer: Writer[Record] = Writer("distckpt-writer", exit_seconds=timeout.total_seconds())
+        self._saves = 0
+        self._pending: tuple[int, Future[Record]] | None = None
+        self._blocked_seconds: dict[int, float] = {}
+        self._is_closed = False
+
+    def save(self, job: Job, *, began: float, then: Callable[[Record], None] | None = None) -> Future[Record]:
+        """The save is under way, in the background; `settle` waits for it.
+
+        Args:
+            began: ``time.monotonic()`` when training stopped for this save.
+            then: what the leader does with the record, after the commit and before retention.
+
+        Raises:
+            SaveFailed: what became of the save before this one, if nobody was told yet.
+        """
+        self.settle()
+        self._saves += 1
+        number = self._saves
+        future = self._writer.submit(lambda: self._save(number, job, then, began))
+        self._pending = (number, future)
+        self._blocked_seconds = {number: time.monotonic() - began}
+        return future
+
+    def settle(self, timeout: timedelta | None = None) -> Record | None:
+        """The save in flight has ended within ``timeout`` (of the run, if ``None``), and this is its record; ``None`` where there was none.
+
+        Raises:
+            SaveFailed: on all ranks, if it failed.
+            TimeoutError: where it did not end in time; it goes on.
+        """
+        if self._pending is None:
+            return None
+        number, future = self._pending
+        timeout = timeout or self.timeout
+        try:
+            record = future.result(timeout.total_seconds())
+        except TimeoutError:
+            if not future.done():
+                raise TimeoutError(f"save {number} has not ended within {timeout}; it goes on") from None
+            self._pending = None
+            raise
+        except BaseException:
+            self._pending = None
+            raise
+        self._pending = None
+        return record
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a save is in flight on this rank. Not collective."""
+        return self._writer.is_busy
+
+    def boundary(self, step: int) -> list[Request]:
+        """What the leader asked all ranks to do at this step. A look at a flag, unless there is something.
+
+        Raises:
+            SaveFailed: on all ranks at the same step, where a save failed since.
+        """
+        due = self.requests.due(step)
+        for request in due:
+            if request.what == _FAILURE and self._pending is not None and str(self._pending[0]) == request.why:
+                self.settle(self.timeout)
+        return [request for request in due if request.what != _FAILURE]
+
+    def on_leader(self, work: Callable[[Catalog], None]) -> None:
+        """The leader's writer does ``work`` after what it was given before. A failure of it is a warning: it changes
+        labels, never what was saved. Not collective: on other ranks nothing happens."""
+        if self.catalog is not None:
+            catalog = self.catalog
+            self._writer.submit(lambda: self._guarded("labels", lambda: work(catalog)))  # type: ignore[arg-type, return-value]
+
+    def restore(self, *, name: str | None = None, parts: Collection[str] | None = None) -> Restored | None:
+        """As `read_newest`, after the save in flight has ended."""
+        self.settle()
+        return read_newest(self.ranks, store=self.store, get_format=self._get_format, parts=parts, name=name)
+
+    def close(self) -> None:
+        """What was submitted has ended, and the directory is free. Safe to call twice.
+
+        Raises:
+            SaveFailed: on all ranks, if the last save failed.
+        """
+        if self._is_closed:
+            return
+        self._is_closed = True
+        try:
+            self.settle(self.timeout)
+        finally:
+            self.requests.close()
+            self._writer.close(self.timeout.total_seconds())
+            if self.catalog is not None:
+                self._guarded("end of the run", self.catalog.attempt.end)
+
+    def tell(self, event: str, **fields: object) -> None:
+        """One record of what happened, to the log of events and to ``on_event``. Leader only."""
+        told = {"event": event, "time": round(time.time(), 3), **fields}
+        self._guarded("events", lambda: self.store.append(layout.EVENTS, strict_json.dump(told) + b"\n"))
+        if self._on_event is not None:
+            self._on_event(told)
+
+    def _claim(self) -> Catalog | None:
+        claimed: list[Attempt] = []
+
+        def start() -> list[object]:
+            claimed.append(Attempt.start(self.store, Holder.here()))
+            return [claimed[0].run, claimed[0].number]
+
+        _, number = from_leader(self.ranks, f"claim of {self.store.url}", start)
+        together(self.ranks, f"look into {self.store.url}", lambda: self._see(layout.attempt_file(number)))
+        return Catalog(self.store, claimed[0]) if claimed else None
+
+    def _see(self, name: str) -> None:
+        deadline = time.monotonic() + min(_PROBE_SECONDS, self.timeout.total_seconds() / 2)
+        while not self.store.exists(name):
+            if time.monotonic() > deadline:
+                raise DistckptError(
+                    f"{self.store.url} is not the directory that rank 0 writes to: its file {name} is not there. "
+                    "All ranks need a directory on a file system that they share"
+                )
+            time.sleep(0.1)
+
+    def _save(self, number: int, job: Job, then: Callable[[Record], None] | None, began: float) -> Record:
+        def after(record: Record, seconds: Mapping[str, float]) -> None:
+            durable = time.monotonic() - began
+            if then is not None:
+                self._guarded("labels", lambda: then(record))
+            self._guarded("retention", self._keep)
+            blocked = self._blocked_seconds.get(number, durable)
+            self._guarded("report", lambda: self._tell_saved(record, seconds, blocked, durable))
+
+        try:
+            return save(
+                job,
+                format=self._format,
+                store=self.store,
+                ranks=self._writer_ranks,
+                catalog=self.catalog,
+                after=after,
+            )
+        except Exception as error:
+            why = str(error)
+            if is_leader(self.ranks):
+                self._guarded("report", lambda: self.tell("failed", step=job.progress.step, why=why))
+                self.requests.ask(Request(_FAILURE, str(number)))
+            raise
+
+    def _keep(self) -> None:
+        assert self.catalog is not None, "only the leader keeps"
+        mine = [record for record in self.catalog.scan().records if record.run == self.catalog.attempt.run]
+        gone = self._keeping.to_delete(mine)
+        for record in gone:
+            self.catalog.delete(record)
+            self.tell("deleted", name=record.name)
+        left = [record for record in mine if record not in gone]
+        self._guarded("labels", lambda: self._keeping.label(self.catalog, left))  # type: ignore[arg-type]
+        self.catalog.sweep()
+
+    def _tell_saved(self, record: Record, seconds: Mapping[str, float], blocked: float, durable: float) -> None:
+        self.tell(
+            "saved",
+            name=record.name,
+            step=record.progress.step,
+            reasons=list(record.reasons),
+            metrics=dict(record.metrics),
+            total_bytes=record.total_bytes,
+            blocked_seconds=round(blocked, 4),
+            durable_seconds=round(durable, 4),
+            phases=dict(seconds),
+        )
+        told = "".join(f"  {name} {value:.6g}" for name, value in record.metrics.items())
+        _log.info(
+            "saved %s (%s)  blocked %.3f s  durable %.2f s  %.1f MB%s",
+            record.name,
+            ", ".join(record.reasons),
+            blocked,
+            durable,
+            record.total_bytes / 1e6,
+            told,
+        )
+
+    def _guarded(self, what: str, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except (OSError, EOFError, DistckptError, ValueError) as error:
+            # What was committed stays committed; the next save tries again.
+            _log.warning("%s: %s of the run failed, and will be tried again: %s", self.store.url, what, error)
