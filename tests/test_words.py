@@ -1,0 +1,64 @@
+import pytest
+
+from distckpt.words import _FOREIGN, refuse_unknown
+
+HOOK = {
+    "interval", "by_epoch", "save_optimizer", "out_dir", "max_keep_ckpts", "save_last", "save_best", "rule",
+    "filename_tmpl", "max_keep_best", "keep_every", "sync_buffers", "async_save",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("save_top_k", "save_top_k: Lightning's name; here it is max_keep_best= (with save_best=)"),
+        ("save_total_limit", "save_total_limit: Transformers's name; here it is max_keep_ckpts="),
+        ("keep_latest_k", "here it is max_keep_ckpts="),
+        ("max_to_keep", "here it is max_keep_ckpts="),
+        ("monitor", "here it is save_best="),
+        ("mode", "here it is rule= ("),
+        ("every_n_train_steps", "here it is interval= (with by_epoch=False)"),
+        ("every_n_epochs", "here it is interval= (with by_epoch=True)"),
+        ("save_steps", "here it is interval="),
+        ("dirpath", "here it is out_dir="),
+        ("filename", "here it is filename_tmpl="),
+        ("sync_buffer", "here it is sync_buffers="),
+        ("create_symlink", "here there is none: last_checkpoint"),
+    ],
+)
+def test_a_word_of_another_library_is_answered_with_ours(word, told):
+    with pytest.raises(TypeError) as raised:
+        refuse_unknown([word], HOOK, "CheckpointHook")
+    assert told in str(raised.value)
+
+
+def test_a_misspelt_word_is_answered_with_the_nearest_one():
+    with pytest.raises(
+        TypeError, match=r"^CheckpointHook: max_keep_ckpt: no such word; did you mean max_keep_ckpts=\?"
+    ):
+        refuse_unknown(["max_keep_ckpt"], HOOK, "CheckpointHook")
+
+
+def test_a_word_like_no_other_is_answered_with_all_there_are():
+    with pytest.raises(TypeError, match="there are interval, rule"):
+        refuse_unknown(["zzz"], ["rule", "interval"], "Checkpointer")
+
+
+def test_all_unknown_words_are_named_at_once():
+    with pytest.raises(TypeError, match="monitor.*dirpath"):
+        refuse_unknown(["interval", "monitor", "dirpath"], HOOK, "CheckpointHook")
+
+
+def test_our_word_is_named_only_to_those_who_have_it():
+    with pytest.raises(TypeError, match="filename: Lightning's name; here there is none: a checkpoint is called by"):
+        refuse_unknown(["filename"], HOOK - {"filename_tmpl"}, "Checkpointer")
+
+
+def test_known_words_pass():
+    refuse_unknown(["interval", "rule"], HOOK, "CheckpointHook")
+
+
+def test_every_foreign_word_has_an_answer():
+    for word in _FOREIGN:
+        with pytest.raises(TypeError, match=f"{word}: .*'s name; here (it is [a-z_]+=|there is none: )"):
+            refuse_unknown([word], HOOK, "CheckpointHook")
