@@ -14,6 +14,10 @@ EVENTS = "events.jsonl"
 LOCK = ".lock"
 LATEST = "latest"
 
+# Control files: whoever makes one asks the run for something; it is removed when obeyed.
+SAVE = "SAVE"
+STOP = "STOP"
+
 # Names that begin so are never read as anything: a draft is not whole yet, trash is being deleted.
 DRAFT_PREFIX = ".draft-"
 TRASH_PREFIX = ".trash-"

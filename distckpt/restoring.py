@@ -59,9 +59,7 @@ def read_newest(
             rank: fault for rank, fault in enumerate(together(ranks, f"read of {record.name}", reader.fault)) if fault
         }
         if not faults and reader.restored is not None:
-            return Restored(
-                reader.restored.record, reader.restored.manifest, reader.restored.snapshot, tuple(skipped)
-            )
+            return Restored(reader.restored.record, reader.restored.manifest, reader.restored.snapshot, tuple(skipped))
         skipped.append(record.name)
         if is_leader(ranks):
             told = "; ".join(f"rank {rank}: {fault}" for rank, fault in faults.items())
@@ -120,9 +118,7 @@ class _Reader:
             manifest = read_manifest(self._store, record)
             if layout.StepName.parse(record.name) and manifest.progress != record.progress:
                 raise DamagedCheckpoint(f"{record.name}: its manifest is of step {manifest.progress.step}")
-            snapshot = self._get_format(record.format).read(
-                self._store, record.name, manifest, self._rank, self._parts
-            )
+            snapshot = self._get_format(record.format).read(self._store, record.name, manifest, self._rank, self._parts)
         except NewerVersion:
             raise
         except (DamagedCheckpoint, OSError, EOFError) as error:

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from datetime import timedelta
 from typing import Protocol
 
@@ -14,7 +15,7 @@ from distckpt.agreeing import Request, Requests
 from distckpt.attempt import Attempt, Holder
 from distckpt.catalog import Catalog
 from distckpt.errors import DistckptError
-from distckpt.formats import Format
+from distckpt.formats import Format, Snapshot
 from distckpt.manifest import Record
 from distckpt.ranks import Ranks, from_leader, is_leader, together
 from distckpt.restoring import Restored, read_newest
@@ -75,16 +76,18 @@ class Run:
         self.catalog = self._claim()
         self.requests = Requests(ranks.fork("requests"), timeout)
         self._writer_ranks = ranks.fork("writer")
-        self._writer: Writer[Record] = Writer("distckpt-writer", exit_seconds=timeout.total_seconds())
+        self._writer = Writer("distckpt-writer", exit_seconds=timeout.total_seconds())
         self._saves = 0
         self._pending: tuple[int, Future[Record]] | None = None
         self._blocked_seconds: dict[int, float] = {}
-        self._is_closed = False
+        self.is_closed = False
 
     def save(self, job: Job, *, began: float, then: Callable[[Record], None] | None = None) -> Future[Record]:
         """The save is under way, in the background; `settle` waits for it.
 
         Args:
+            job: its ``snapshot`` is taken now, on this thread, once the save before has ended and its memory is free.
+                What it raises is raised on all ranks when the save is settled.
             began: ``time.monotonic()`` when training stopped for this save.
             then: what the leader does with the record, after the commit and before retention.
 
@@ -94,13 +97,15 @@ class Run:
         self.settle()
         self._saves += 1
         number = self._saves
-        future = self._writer.submit(lambda: self._save(number, job, then, began))
+        taken = replace(job, snapshot=_now(job.snapshot))
+        future = self._writer.submit(lambda: self._save(number, taken, then, began))
         self._pending = (number, future)
         self._blocked_seconds = {number: time.monotonic() - began}
         return future
 
     def settle(self, timeout: timedelta | None = None) -> Record | None:
-        """The save in flight has ended within ``timeout`` (of the run, if ``None``), and this is its record; ``None`` where there was none.
+        """The save in flight has ended within ``timeout`` (of the run, if ``None``), and this is its record; ``None``
+        where there was none.
 
         Raises:
             SaveFailed: on all ranks, if it failed.
@@ -143,9 +148,8 @@ class Run:
     def on_leader(self, work: Callable[[Catalog], None]) -> None:
         """The leader's writer does ``work`` after what it was given before. A failure of it is a warning: it changes
         labels, never what was saved. Not collective: on other ranks nothing happens."""
-        if self.catalog is not None:
-            catalog = self.catalog
-            self._writer.submit(lambda: self._guarded("labels", lambda: work(catalog)))  # type: ignore[arg-type, return-value]
+        if (catalog := self.catalog) is not None:
+            self._writer.submit(lambda: self._guarded("labels", lambda: work(catalog)))
 
     def restore(self, *, name: str | None = None, parts: Collection[str] | None = None) -> Restored | None:
         """As `read_newest`, after the save in flight has ended."""
@@ -158,9 +162,9 @@ class Run:
         Raises:
             SaveFailed: on all ranks, if the last save failed.
         """
-        if self._is_closed:
+        if self.is_closed:
             return
-        self._is_closed = True
+        self.is_closed = True
         try:
             self.settle(self.timeout)
         finally:
@@ -168,6 +172,17 @@ class Run:
             self._writer.close(self.timeout.total_seconds())
             if self.catalog is not None:
                 self._guarded("end of the run", self.catalog.attempt.end)
+
+    def keep(self, catalog: Catalog) -> None:
+        """What no rule keeps is gone, labels point where they should, left-overs are swept. In the leader's writer."""
+        mine = [record for record in catalog.scan().records if record.run == catalog.attempt.run]
+        gone = self._keeping.to_delete(mine)
+        for record in gone:
+            catalog.delete(record)
+            self.tell("deleted", name=record.name)
+        left = [record for record in mine if record not in gone]
+        self._guarded("labels", lambda: self._keeping.label(catalog, left))
+        catalog.sweep()
 
     def tell(self, event: str, **fields: object) -> None:
         """One record of what happened, to the log of events and to ``on_event``. Leader only."""
@@ -198,11 +213,14 @@ class Run:
             time.sleep(0.1)
 
     def _save(self, number: int, job: Job, then: Callable[[Record], None] | None, began: float) -> Record:
+        catalog = self.catalog
+
         def after(record: Record, seconds: Mapping[str, float]) -> None:
             durable = time.monotonic() - began
             if then is not None:
                 self._guarded("labels", lambda: then(record))
-            self._guarded("retention", self._keep)
+            if catalog is not None:
+                self._guarded("retention", lambda: self.keep(catalog))
             blocked = self._blocked_seconds.get(number, durable)
             self._guarded("report", lambda: self._tell_saved(record, seconds, blocked, durable))
 
@@ -212,7 +230,7 @@ class Run:
                 format=self._format,
                 store=self.store,
                 ranks=self._writer_ranks,
-                catalog=self.catalog,
+                catalog=catalog,
                 after=after,
             )
         except Exception as error:
@@ -221,17 +239,6 @@ class Run:
                 self._guarded("report", lambda: self.tell("failed", step=job.progress.step, why=why))
                 self.requests.ask(Request(_FAILURE, str(number)))
             raise
-
-    def _keep(self) -> None:
-        assert self.catalog is not None, "only the leader keeps"
-        mine = [record for record in self.catalog.scan().records if record.run == self.catalog.attempt.run]
-        gone = self._keeping.to_delete(mine)
-        for record in gone:
-            self.catalog.delete(record)
-            self.tell("deleted", name=record.name)
-        left = [record for record in mine if record not in gone]
-        self._guarded("labels", lambda: self._keeping.label(self.catalog, left))  # type: ignore[arg-type]
-        self.catalog.sweep()
 
     def _tell_saved(self, record: Record, seconds: Mapping[str, float], blocked: float, durable: float) -> None:
         self.tell(
@@ -262,3 +269,13 @@ class Run:
         except (OSError, EOFError, DistckptError, ValueError) as error:
             # What was committed stays committed; the next save tries again.
             _log.warning("%s: %s of the run failed, and will be tried again: %s", self.store.url, what, error)
+
+
+def _now(take: Callable[[], Snapshot]) -> Callable[[], Snapshot]:
+    """``take`` is called now; the result gives what it returned, or raises what it raised."""
+    taken: Future[Snapshot] = Future()
+    try:
+        taken.set_result(take())
+    except Exception as error:  # raised on all ranks, by the save that follows
+        taken.set_exception(error)
+    return taken.result

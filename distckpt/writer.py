@@ -8,14 +8,14 @@ import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Generic, TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 _log = logging.getLogger("distckpt")
 
 
-class Writer(Generic[T]):
+class Writer:
     """Does jobs in the background, in the order in which they were submitted.
 
     An error of a job is in its future; the thread lives on. At the end of the process what was submitted is still
@@ -24,8 +24,8 @@ class Writer(Generic[T]):
 
     def __init__(self, name: str, *, exit_seconds: float = 600.0) -> None:
         self._name = name
-        self._jobs: list[tuple[Callable[[], T], Future[T]]] = []
-        self._current: Future[T] | None = None
+        self._jobs: list[tuple[Callable[[], Any], Future[Any]]] = []
+        self._current: Future[Any] | None = None
         self._changed = threading.Condition()
         self._closed = False
         self._thread: threading.Thread | None = None
@@ -88,7 +88,7 @@ class Writer(Generic[T]):
                     self._current = None
                     self._changed.notify_all()
 
-    def _next(self) -> tuple[Callable[[], T], Future[T]] | None:
+    def _next(self) -> tuple[Callable[[], Any], Future[Any]] | None:
         with self._changed:
             self._changed.wait_for(lambda: self._jobs or self._closed)
             if not self._jobs:

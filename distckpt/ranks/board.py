@@ -21,6 +21,7 @@ _LONGEST_PAUSE_SECONDS = 0.02
 # A board serves this many looks of idle listeners a second without feeling them.
 _IDLE_LOOKS_PER_SECOND = 5000
 _GRACE_SECONDS = 5.0
+_PARTING_SECONDS = 2.0
 
 T = TypeVar("T")
 
@@ -78,6 +79,7 @@ class BoardRanks:
         if self.rank == LEADER:
             self._mine.append(self._key("all"))
         if "failures" in answer:
+            self._part(during)
             raise RankFailure(during, {int(rank): what for rank, what in answer["failures"].items()})
         values: list[Json] = answer["values"]
         return values
@@ -154,6 +156,18 @@ class BoardRanks:
             time.sleep(pause)
             pause = min(pause * 1.5, _LONGEST_PAUSE_SECONDS)
         return text
+
+    def _part(self, during: str) -> None:
+        # Where the leader holds the store, its end would leave the others without the answer: it waits until those
+        # who are there have read it, but not long.
+        if self.rank != LEADER:
+            self._post(self._key(f"{self.rank}/read"), "", during)
+            return
+        deadline = time.monotonic() + min(_PARTING_SECONDS, self._seconds)
+        waiting = [rank for rank in range(1, self.world_size) if self._look(self._key(rank), during) is not None]
+        while waiting and time.monotonic() < deadline:
+            time.sleep(_FIRST_PAUSE_SECONDS)
+            waiting = [rank for rank in waiting if self._look(self._key(f"{rank}/read"), during) is None]
 
     def _tidy(self) -> None:
         # Everybody has come to this round, so all have read what the rounds before it said.

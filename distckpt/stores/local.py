@@ -53,9 +53,7 @@ class LocalStore:
         while not missing[-1].exists():
             missing.append(missing[-1].parent)
         if not missing[-1].is_dir():
-            raise NotADirectoryError(
-                errno.ENOTDIR, "not a directory, so no checkpoint can go there", str(missing[-1])
-            )
+            raise NotADirectoryError(errno.ENOTDIR, "not a directory, so no checkpoint can go there", str(missing[-1]))
         for folder in reversed(missing[:-1]):
             folder.mkdir(exist_ok=True)
             self._fsync_folder(folder.parent)

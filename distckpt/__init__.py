@@ -1,0 +1,73 @@
+"""Distributed-aware checkpoints for PyTorch training.
+
+Names are imported on first use, so that ``import distckpt`` costs nothing and does not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from distckpt.checkpointer import Checkpointer
+    from distckpt.errors import (
+        DamagedCheckpoint,
+        DirectoryInUse,
+        DistckptError,
+        NewerVersion,
+        NoCheckpoint,
+        RankFailure,
+        RestoreError,
+        SaveFailed,
+        StateMismatch,
+        Superseded,
+    )
+    from distckpt.hook import CheckpointHook
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Checkpointer": "distckpt.checkpointer",
+    "CheckpointHook": "distckpt.hook",
+    **dict.fromkeys(
+        (
+            "DamagedCheckpoint",
+            "DirectoryInUse",
+            "DistckptError",
+            "NewerVersion",
+            "NoCheckpoint",
+            "RankFailure",
+            "RestoreError",
+            "SaveFailed",
+            "StateMismatch",
+            "Superseded",
+        ),
+        "distckpt.errors",
+    ),
+}
+
+__all__ = [
+    "CheckpointHook",
+    "Checkpointer",
+    "DamagedCheckpoint",
+    "DirectoryInUse",
+    "DistckptError",
+    "NewerVersion",
+    "NoCheckpoint",
+    "RankFailure",
+    "RestoreError",
+    "SaveFailed",
+    "StateMismatch",
+    "Superseded",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'distckpt' has no attribute {name!r}")
+    return getattr(importlib.import_module(home), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

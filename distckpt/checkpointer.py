@@ -1,0 +1,424 @@
+"""The front door: a checkpointer for a training loop of one's own."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from datetime import timedelta
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from distckpt import environment, layout
+from distckpt.best import parse_metrics, ranking
+from distckpt.buffers import parse_mode, sync_buffers
+from distckpt.catalog import Catalog, scan
+from distckpt.errors import NoCheckpoint, SaveFailed
+from distckpt.formats import Snapshot
+from distckpt.formats.full import FORMAT as FULL
+from distckpt.formats.known import get_format
+from distckpt.initialising import read_modules
+from distckpt.judging import Judge, Verdict
+from distckpt.keeping import LabelledKeeping
+from distckpt.manifest import Record
+from distckpt.matching import Matched, Selection, match
+from distckpt.progress import Progress
+from distckpt.ranks import from_leader, is_leader, together
+from distckpt.ranks.process_group import detect
+from distckpt.run import Run
+from distckpt.saving import Job
+from distckpt.schedule import Interval, Schedule
+from distckpt.snapshot import Stager
+from distckpt.state import Parts
+from distckpt.stores.local import LocalStore
+from distckpt.triggers import Triggers
+from distckpt.words import refuse_unknown
+
+_log = logging.getLogger("distckpt")
+
+
+class Checkpointer:
+    """Saves what training would lose, when it is due, and resumes from the newest that is whole.
+
+    Every rank constructs one with the same words, and calls its methods at the same steps. Rank 0 decides and writes;
+    an error on any rank is raised on all of them.
+
+    Args:
+        out_dir: the run's directory, on a file system that all ranks share. One run, one directory.
+        state: what to save: ``{name: object}``, each with ``state_dict`` and ``load_state_dict``. Random number
+            generators and progress are added. Construct it after wrapping the model (DDP, ``torch.compile``).
+        interval: when to save: a number of steps (of epochs with ``by_epoch``), a duration such as ``"15min"``, or a
+            list of these. -1 means never.
+        by_epoch: whether a number in ``interval`` and ``save_begin`` counts epochs (`step` with ``epoch_ends=True``).
+        save_begin: the step or epoch at which the interval begins.
+        save_last: whether `close` saves what was not saved yet.
+        max_keep_ckpts: how many of the periodic checkpoints to keep; -1 means all.
+        save_best, rule, greater_keys, less_keys: by which metrics checkpoints are best, as `CheckpointHook` has it.
+        max_keep_best: how many of the best to keep, for each metric.
+        keep_every: keep those at each multiple of so many steps for ever.
+        keep_for: keep those younger than that, e.g. ``"7d"``.
+        keep_bytes: the budget of the directory, e.g. ``"2TB"``. The oldest go first, never the newest or a best.
+        format: ``"full"``, or ``"auto"``, which today is the same: rank 0 writes one file for each part.
+        async_save: whether training goes on while a save is written.
+        when_busy: what a save does that is due before the last one is durable: ``"wait"`` for it, or ``"skip"``.
+        sync_buffers: how buffers are made equal over ranks before a save: ``"mean"``, ``"broadcast"`` (both from
+            rank 0 where they are integers) or False. It changes the buffers that training goes on with.
+        per_rank: names in ``state`` that each rank has of its own. None: those that can be iterated over.
+        init_from: a checkpoint, or a run's directory, whose modules training starts from where ``out_dir`` is empty.
+        on_event: called on rank 0 with a dict for each event, from the writer's thread.
+        timeout: how long a rank waits for another, or for a save to end, before it gives up.
+
+    Raises:
+        TypeError, ValueError: naming the word that is wrong; for a word of another library, ours.
+        RankFailure: on all ranks, where the directory cannot be claimed: another live process holds it, it cannot be
+            written, it is a file, or not all ranks see it.
+        RuntimeError: where a launcher started several processes that ``torch.distributed`` does not know of.
+    """
+
+    def __init__(
+        self,
+        out_dir: str | os.PathLike[str],
+        state: Mapping[str, Any],
+        *,
+        interval: Interval = -1,
+        by_epoch: bool = False,
+        save_begin: int = 0,
+        save_last: bool = True,
+        max_keep_ckpts: int = -1,
+        save_best: str | list[str] | None = None,
+        rule: str | list[str] | None = None,
+        greater_keys: Sequence[str] | None = None,
+        less_keys: Sequence[str] | None = None,
+        max_keep_best: int = 1,
+        keep_every: int | None = None,
+        keep_for: str | timedelta | None = None,
+        keep_bytes: str | int | None = None,
+        format: Literal["auto", "full"] = "auto",
+        async_save: bool = True,
+        when_busy: Literal["wait", "skip"] = "wait",
+        sync_buffers: Literal["mean", "broadcast", False] = "mean",
+        per_rank: Collection[str] | None = None,
+        init_from: str | os.PathLike[str] | None = None,
+        on_event: Callable[[Mapping[str, object]], None] | None = None,
+        timeout: timedelta = timedelta(minutes=15),
+        **unknown: object,
+    ) -> None:
+        refuse_unknown(unknown, inspect.signature(Checkpointer).parameters, "Checkpointer")
+        _check_flags(by_epoch=by_epoch, save_last=save_last, async_save=async_save)
+        _check_choice("format", format, ("auto", "full"))
+        _check_choice("when_busy", when_busy, ("wait", "skip"))
+        if not isinstance(timeout, timedelta) or timeout <= timedelta(0):
+            raise TypeError(f"timeout should be a positive datetime.timedelta, is {timeout!r}")
+        if on_event is not None and not callable(on_event):
+            raise TypeError(f"on_event should be a function of one dict, is {on_event!r}")
+        if not isinstance(out_dir, (str, os.PathLike)) or not os.fspath(out_dir):
+            raise TypeError(f"out_dir should be the path of a directory, is {out_dir!r}")
+        schedule = Schedule.parse(interval, begin=save_begin)
+        self._save_last = save_last
+        metrics = parse_metrics(save_best, rule, greater_keys, less_keys)
+        kept = {
+            "max_keep_ckpts": max_keep_ckpts,
+            "keep_every": keep_every,
+            "keep_for": keep_for,
+            "keep_bytes": keep_bytes,
+        }
+        self._buffers_mode = parse_mode(sync_buffers)
+        self._async_save = async_save
+        self._when_busy = when_busy
+        self._init_from = os.fspath(init_from) if init_from is not None else None
+        self._parts = Parts(state, per_rank)
+        self._shared_stager, self._own_stager = Stager(), Stager()
+
+        store = LocalStore(out_dir)
+        ranks = detect(timeout)
+        self._judge = Judge(metrics, max_keep_best, ranks=ranks, store=store)
+        keeping = LabelledKeeping(kept, self._judge)
+        from_leader(ranks, f"creation of {store.url}", store.make_root)
+        self._run = Run(
+            store,
+            ranks=ranks,
+            format=FULL,
+            get_format=get_format,
+            keeping=keeping,
+            timeout=timeout,
+            on_event=on_event,
+        )
+        self._ranks = ranks
+        self._timeout = timeout
+        self._environment = environment.describe()
+        self._progress = Progress(0)
+        self._saved: Progress | None = None
+        self._reported: dict[str, object] | None = None
+        self._is_in_step = False
+        self._record: Record | None = None
+        self._triggers = Triggers(schedule, self._run, by_epoch=by_epoch)
+        self._must_resume = bool(from_leader(ranks, "look for checkpoints", lambda: bool(scan(store).records)))
+
+    def resume(
+        self,
+        which: str | int = "latest",
+        *,
+        strict: bool = True,
+        only: str | Collection[str] | None = None,
+        exclude: str | Collection[str] | None = None,
+        rename: Mapping[str, str] | None = None,
+    ) -> int:
+        """How many steps are done; the state is that of the checkpoint. Collective.
+
+        An empty directory gives 0; then the modules of ``init_from`` are loaded, if it is given. One log line says how
+        exact the resume is. Create the iterators of data loaders before: random number generators are set last.
+
+        Args:
+            which: ``"latest"``: the newest that verifies on all ranks; damaged ones are named and passed over.
+                ``"best"``, a name such as ``"step-00012000"``, or a step: that one or an error.
+            strict: whether every key of the state and of the checkpoint must have its counterpart.
+            only, exclude: patterns of parts (``"model"``) or of keys in them (``"model.head.*"``) to load or to leave.
+            rename: regular expressions for keys of modules in the checkpoint, and their replacements.
+
+        Raises:
+            RankFailure: on all ranks, with the words of the error: nothing there verifies, it is of another model
+                (`StateMismatch`; nothing was changed then), or it was written by a newer distckpt.
+        """
+        selection = Selection.parse(only, exclude, rename)
+        name = from_leader(self._ranks, "choice of a checkpoint", lambda: self._name_of(which))
+        restored = self._run.restore(name=name)
+        self._must_resume = False
+        if restored is None:
+            if self._init_from is not None:
+                self._initialise(self._init_from, selection, strict=strict)
+            return self._progress.step
+        record = restored.record
+        is_same_world = record.world_size == self._ranks.world_size
+        matched = self._match(self._parts, restored.snapshot, selection, strict=strict, is_same_world=is_same_world)
+        together(self._ranks, f"load of {record.name}", matched.apply)
+        self._progress = record.progress
+        self._record = record
+        self._saved = record.progress if not matched.report.left and matched.report.is_whole else None
+        self._triggers.restart()
+        if is_leader(self._ranks):
+            _log.info("%s", matched.exactness(record))
+        return record.progress.step
+
+    def step(self, *, epoch_ends: bool = False) -> None:
+        """One more training step is done; saves if that is due. Every rank, after each optimizer step.
+
+        Args:
+            epoch_ends: whether it was the last of its epoch.
+
+        Raises:
+            SaveFailed: on all ranks at the same step, where a save failed since. Training may go on if it is caught.
+        """
+        self._require_resumed()
+        self._progress = Progress(self._progress.step + 1, self._progress.epoch + epoch_ends)
+        self._is_in_step = False
+        try:
+            reasons = self._triggers.due(self._progress, epoch_ends=epoch_ends)
+        except SaveFailed:
+            self._saved = None
+            raise
+        verdict = Verdict({}, is_best=False)
+        if self._reported is not None:
+            reported, self._reported = self._reported, None
+            verdict = self._judged(reported)
+        if verdict.is_best:
+            reasons.append("best")
+        if reasons:
+            self._save(tuple(dict.fromkeys(reasons)), verdict.metrics)
+
+    def steps(self, total: int) -> Iterator[int]:
+        """The steps that are left until ``total`` are done, from 1: resumes, saves when due, closes at the end.
+
+        A step whose body raised, or was left with ``break``, does not count as done and is not saved.
+        """
+        if isinstance(total, bool) or not isinstance(total, int) or total < 0:
+            raise ValueError(f"steps({total!r}): should be the number of steps to train for in all")
+        if self._must_resume or self._progress.step == 0:
+            self.resume()
+        while self._progress.step < total and not self._triggers.should_stop:
+            self._is_in_step = True
+            yield self._progress.step + 1
+            self.step()
+        self.close()
+
+    def report(self, metrics: Mapping[str, Any]) -> None:
+        """These are the metrics of the step that runs (in `steps`), else of the last step that is done. Collective.
+
+        What is saved of that step is labelled with them. What is not saved, is now, if it is a new best. Rank 0's
+        values decide. NaN and infinities are never best.
+
+        Raises:
+            KeyError: where a metric of ``save_best`` is missing; the message names the nearest.
+            TypeError: where it is no number.
+            SaveFailed: as in `step`.
+        """
+        if not isinstance(metrics, Mapping) or not all(isinstance(key, str) for key in metrics):
+            raise TypeError(f"report() takes a dict of names and numbers, got {metrics!r}")
+        self._judge.check(metrics)
+        if self._is_in_step:
+            self._reported = {**(self._reported or {}), **metrics}
+            return
+        verdict = self._judged(metrics)
+        if self._saved == self._progress and self._record is not None:
+            self._record = record = self._record.with_metrics(verdict.metrics, ("best",) if verdict.is_best else ())
+            self._run.on_leader(lambda catalog: self._relabel(catalog, record))
+        elif verdict.is_best:
+            self._save(("best",), verdict.metrics)
+
+    def save(self, reason: str = "asked", *, wait: bool = False) -> None:
+        """What is done so far is being saved, or already was; with ``wait`` it is durable. Collective.
+
+        Raises:
+            SaveFailed: on all ranks, where the save before it failed; with ``wait``, this one.
+        """
+        if not isinstance(reason, str) or not reason:
+            raise TypeError(f"reason should be a word, is {reason!r}")
+        self._save((reason,), {})
+        if wait:
+            self.wait()
+
+    def wait(self, timeout: timedelta | None = None) -> None:
+        """The save in flight is durable, within ``timeout`` (of the checkpointer, if None). Collective.
+
+        Raises:
+            SaveFailed: on all ranks, if it failed.
+            TimeoutError: where it did not end in time; it goes on.
+        """
+        self._settle(timeout)
+
+    def close(self) -> None:
+        """All is saved that should be, durable, and the directory is free. Collective. Safe to call twice.
+
+        Raises:
+            SaveFailed: on all ranks, if the last save failed.
+        """
+        try:
+            if self._save_last and self._progress.step > 0 and not self._run.is_closed:
+                self._save(("last",), {})
+        finally:
+            self._run.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._run.close()  # what the failed step left of the state is not worth keeping
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether all ranks agreed to stop after this step; its state is saved then. Not collective."""
+        return self._triggers.should_stop
+
+    @property
+    def latest(self) -> Record | None:
+        """The newest committed checkpoint. Not collective; one listing of the directory."""
+        records = scan(self._run.store).records
+        return records[-1] if records else None
+
+    @property
+    def best(self) -> Record | None:
+        """The best committed checkpoint by the first metric of ``save_best``. Not collective; one listing."""
+        return self._best_of(scan(self._run.store).records)
+
+    def _settle(self, timeout: timedelta | None = None) -> None:
+        try:
+            self._record = self._run.settle(timeout) or self._record
+        except SaveFailed:
+            self._saved = None  # so that the next call tries again
+            raise
+
+    def _require_resumed(self) -> None:
+        if self._must_resume:
+            raise RuntimeError(
+                f"{self._run.store.url} holds checkpoints: call resume() before the first step or save, or give a new "
+                "run a directory of its own"
+            )
+
+    def _save(self, reasons: tuple[str, ...], metrics: Mapping[str, float]) -> None:
+        self._require_resumed()
+        if self._saved == self._progress:
+            return
+        began = time.monotonic()
+        if self._when_busy == "skip" and reasons == ("interval",) and self._is_busy():
+            _log.warning("step %d is not saved: the save before it is not durable yet", self._progress.step)
+            return
+        self._settle()
+        sync_buffers(self._parts.modules.values(), self._buffers_mode, ranks=self._ranks, timeout=self._timeout)
+        job = Job(self._progress, reasons, self._take, metrics=metrics, environment=self._environment)
+        self._run.save(job, began=began)
+        self._saved = self._progress
+        self._triggers.restart()
+        if not self._async_save or self._triggers.should_stop:
+            self._settle()
+
+    def _is_busy(self) -> bool:
+        # Whether a writer is done is seen by each rank at another time, so one of them says.
+        return bool(from_leader(self._ranks, "look at the writer", lambda: self._run.is_busy))
+
+    def _take(self) -> Snapshot:
+        shared = self._parts.capture_shared(is_leader=is_leader(self._ranks))
+        staged = self._shared_stager.copy(shared) if is_leader(self._ranks) else {}
+        return Snapshot(staged, self._own_stager.copy(self._parts.capture_own()))
+
+    def _judged(self, reported: Mapping[str, object]) -> Verdict:
+        self._settle()  # a save in flight may be the best so far, which its record will say
+        return self._judge.judge(reported)
+
+    def _relabel(self, catalog: Catalog, record: Record) -> None:
+        catalog.relabel(record)
+        self._run.keep(catalog)
+
+    def _name_of(self, which: str | int) -> str | None:
+        if which == "latest":
+            return None
+        if which == "best":
+            best = self._best_of(scan(self._run.store).records)
+            if best is None:
+                raise NoCheckpoint(f"{self._run.store.url}: no checkpoint there has a metric of save_best")
+            return best.name
+        if isinstance(which, int) and not isinstance(which, bool):
+            return str(layout.StepName(which))
+        if not isinstance(which, str):
+            raise TypeError(f'which should be "latest", "best", a step or a name, is {which!r}')
+        return which
+
+    def _best_of(self, records: Sequence[Record]) -> Record | None:
+        ranked = ranking(self._judge.metrics[0], records) if self._judge.metrics else []
+        return ranked[0] if ranked else None
+
+    def _match(
+        self, parts: Parts, snapshot: Snapshot, selection: Selection, *, strict: bool, is_same_world: bool
+    ) -> Matched:
+        matched: list[Matched] = []
+
+        def lay_beside() -> None:
+            matched.append(match(parts, snapshot, selection, strict=strict, is_same_world=is_same_world))
+
+        together(self._ranks, "match of the checkpoint with the state", lay_beside)
+        return matched[0]
+
+    def _initialise(self, source: str, selection: Selection, *, strict: bool) -> None:
+        read: list[Snapshot] = []
+        modules = Parts(self._parts.modules, per_rank=())
+        together(self._ranks, f"read of {source}", lambda: read.append(read_modules(source, modules, get_format)))
+        matched = self._match(modules, read[0], selection, strict=strict, is_same_world=False)
+        together(self._ranks, f"load of {source}", matched.apply)
+        if is_leader(self._ranks):
+            _log.info("started from %s: %s", source, matched.report)
+
+
+def _check_flags(**flags: object) -> None:
+    for word, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{word} should be True or False, is {value!r}")
+
+
+def _check_choice(word: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{word} should be one of {', '.join(choices)}, is {value!r}")

@@ -1,0 +1,107 @@
+"""The full format: the leader writes one safetensors file for each part, every rank a file of what is its own.
+
+Keys in ``model.safetensors`` are those of the model's own ``state_dict``, so ``load_file`` of safetensors is all that
+inference needs. What is no tensor lies in ``state.json`` and ``rank-00000.json``, which refer to the tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from distckpt import layout, strict_json
+from distckpt.errors import DamagedCheckpoint
+from distckpt.formats import Snapshot, Written
+from distckpt.formats import tree as trees
+from distckpt.formats.safetensors_file import DTYPES, Tally, read_tensors, write_tensors
+from distckpt.manifest import FileEntry, Manifest, TensorEntry, digest
+from distckpt.ranks import LEADER
+from distckpt.stores import Store
+
+
+class Full:
+    """See the module, and `distckpt.formats.Format` for what each method promises."""
+
+    name = "full"
+    is_folder = True
+    read_with = "safetensors.torch.load_file('model.safetensors')"
+
+    def write(self, snapshot: Snapshot, store: Store, path: str, rank: int) -> Written:
+        own = _write_group(store, path, layout.rank_file(rank), {layout.rank_tensors(rank): snapshot.own})
+        if rank != LEADER:
+            return own
+        groups = {layout.part_file(part): {part: state} for part, state in snapshot.shared.items()}
+        shared = _write_group(store, path, layout.STATE, groups)
+        return Written(files=shared.files + own.files, tensors=shared.tensors + own.tensors)
+
+    def read(self, store: Store, path: str, manifest: Manifest, rank: int, parts: Collection[str] | None) -> Snapshot:
+        files = {entry.path: entry for entry in manifest.files}
+        shared = _read_group(store, path, layout.STATE, files, parts)
+        # Another world size has other ranks: nothing of what was a rank's own belongs to any of them.
+        is_same_world = layout.rank_file(rank) in files
+        own = _read_group(store, path, layout.rank_file(rank), files, parts) if is_same_world else {}
+        return Snapshot(shared, own)
+
+
+FORMAT = Full()
+
+
+def _write_group(store: Store, path: str, index: str, groups: Mapping[str, Mapping[str, Any]]) -> Written:
+    """The parts in ``groups`` are written: the tensors of each group to the file that it is named for, the rest to
+    ``index``."""
+    files: list[FileEntry] = []
+    entries: list[TensorEntry] = []
+    told: dict[str, Any] = {}
+    for file, parts in groups.items():
+        tensors = {}
+        for part, state in parts.items():
+            value, found = trees.encode(state, part)
+            # A file of one part is keyed as the part is; a rank's file holds several, told apart by their name.
+            prefix = "" if file == layout.part_file(part) else f"{part}."
+            told[part] = {"file": file, "prefix": prefix, "state": value}
+            tensors.update({prefix + key: tensor.contiguous() for key, tensor in found.items()})
+        if tensors:
+            files.append(write_tensors(store, f"{path}/{file}", tensors, file))
+            entries += [
+                TensorEntry(file, key, DTYPES[tensor.dtype], tuple(tensor.shape)) for key, tensor in tensors.items()
+            ]
+    with store.create(f"{path}/{index}") as sink:
+        tally = Tally(sink)
+        tally.write(strict_json.dump(told))
+    return Written(files=(*files, tally.entry(index)), tensors=tuple(entries))
+
+
+def _read_group(
+    store: Store, path: str, index: str, files: Mapping[str, FileEntry], parts: Collection[str] | None
+) -> dict[str, Any]:
+    told = _read_index(store, path, index, files)
+    wanted = {part: one for part, one in told.items() if parts is None or part in parts}
+    needed = {one["file"] for one in wanted.values() if one["file"] in files}
+    tensors = {file: read_tensors(store, f"{path}/{file}", files[file]) for file in sorted(needed)}
+    state: dict[str, Any] = {}
+    for part, one in wanted.items():
+        prefix = one["prefix"]
+        found = tensors.get(one["file"], {}).items()
+        mine = {key[len(prefix) :]: tensor for key, tensor in found if key.startswith(prefix)}
+        try:
+            state[part] = trees.decode(one["state"], mine)
+        except ValueError as error:
+            raise DamagedCheckpoint(f"{path}/{index}, {part}: {error}") from error
+    return state
+
+
+def _read_index(store: Store, path: str, index: str, files: Mapping[str, FileEntry]) -> dict[str, Any]:
+    place = f"{path}/{index}"
+    if index not in files:
+        raise DamagedCheckpoint(f"{place} is not in the manifest")
+    data = store.read(place)
+    if len(data) != files[index].size_bytes or digest(data) != files[index].xxh3_128:
+        raise DamagedCheckpoint(f"{place}: its bytes changed after the commit")
+    try:
+        told = strict_json.load(data, place)
+        for part, one in told.items():
+            if type(one) is not dict or not all(type(one.get(key)) is str for key in ("file", "prefix")):
+                raise ValueError(f"{place}: {ascii(part)[:80]} has no place")
+    except ValueError as error:
+        raise DamagedCheckpoint(str(error)) from error
+    return told

@@ -1,0 +1,139 @@
+"""State as JSON and tensors: what a ``state_dict`` returns, taken apart and put together again without a pickle.
+
+JSON holds what JSON can hold. A value that it cannot hold becomes an object with one key that begins with ``$``, and
+a tensor becomes a reference to a tensor in a file.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distckpt.formats.safetensors_file import DTYPES
+
+_TENSOR = "$tensor"
+_DTYPES = {str(dtype): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
+
+
+def encode(value: Any, path: str) -> tuple[Any, dict[str, Tensor]]:
+    """``value`` as JSON, and the tensors that it refers to, by key.
+
+    A tensor's key is its place in ``value``, with dots: for the flat dict of a module these are the parameter names.
+
+    Raises:
+        TypeError: naming the place, below ``path``, of a value that cannot be stored without a pickle.
+    """
+    tensors: dict[str, Tensor] = {}
+    return _encode(value, (), path, tensors), tensors
+
+
+def decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The inverse of `encode`. Types and the order of keys are what they were.
+
+    Raises:
+        ValueError: where ``value`` is not what `encode` returns, or a tensor is missing.
+    """
+    try:
+        return _decode(value, tensors)
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"this is no state of ours ({type(error).__name__}: {error})") from error
+
+
+def _encode(value: Any, place: tuple[str, ...], path: str, tensors: dict[str, Tensor]) -> Any:
+    def inside(one: Any, key: object) -> Any:
+        return _encode(one, (*place, str(key)), path, tensors)
+
+    if value is None or type(value) in (bool, int, str):
+        return value
+    if type(value) is float:
+        return value if math.isfinite(value) else {"$float": repr(value)}
+    if isinstance(value, Tensor):
+        return {_TENSOR: _refer(value, place, tensors)}
+    if type(value) is dict and all(type(key) is str and not key.startswith("$") for key in value):
+        return {key: inside(one, key) for key, one in value.items()}
+    if type(value) is list:
+        return [inside(one, nth) for nth, one in enumerate(value)]
+    if type(value) in _CONTAINERS:
+        name, take_apart, _ = _CONTAINERS[type(value)]
+        return {name: [inside(one, nth) for nth, one in enumerate(take_apart(value))]}
+    if isinstance(value, dict) and type(value) in (dict, OrderedDict, defaultdict, Counter):
+        kind = {OrderedDict: "$ordered", Counter: "$counter"}.get(type(value), "$dict")
+        return {kind: [[inside(key, "key"), inside(one, key)] for key, one in value.items()]}
+    if isinstance(value, (bytes, bytearray)):
+        return {"$bytes": base64.b64encode(value).decode()}
+    if isinstance(value, np.generic):
+        return inside(value.item(), "")
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
+        return {"$numpy": _refer(torch.from_numpy(np.ascontiguousarray(value)), place, tensors)}
+    if isinstance(value, torch.dtype):
+        return {"$dtype": str(value)}
+    if isinstance(value, torch.device):
+        return {"$device": str(value)}
+    where = ".".join((path, *place))
+    raise TypeError(
+        f"{where} is a {type(value).__module__}.{type(value).__qualname__}, which cannot be stored without a pickle: "
+        "return numbers, strings, tensors, lists and dicts from state_dict()"
+    )
+
+
+def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if type(value) is list:
+        return [_decode(one, tensors) for one in value]
+    if type(value) is not dict:
+        return value
+    if len(value) != 1 or not next(iter(value)).startswith("$"):
+        return {key: _decode(one, tensors) for key, one in value.items()}
+    ((kind, inner),) = value.items()
+    if kind in (_TENSOR, "$numpy"):
+        tensor = _find(inner, tensors)
+        return tensor.numpy() if kind == "$numpy" else tensor
+    for name, _, put_together in _CONTAINERS.values():
+        if kind == name:
+            return put_together([_decode(one, tensors) for one in inner])
+    return _PUT_TOGETHER[kind](_decode(inner, tensors))
+
+
+def _refer(tensor: Tensor, place: tuple[str, ...], tensors: dict[str, Tensor]) -> Any:
+    key = ".".join(place) or "value"
+    while key in tensors:  # {"a": {"b": t}, "a.b": t}
+        key += "'"
+    if tensor.dtype in DTYPES:
+        tensors[key] = tensor
+        return key
+    # What safetensors has no word for lies there as plain bytes, and its type here.
+    tensors[key] = tensor.contiguous().reshape(-1).view(torch.uint8)
+    return [key, str(tensor.dtype), list(tensor.shape)]
+
+
+def _find(reference: Any, tensors: Mapping[str, Tensor]) -> Tensor:
+    if type(reference) is str:
+        return tensors[reference]
+    key, dtype, shape = reference
+    return tensors[key].view(_DTYPES[dtype]).reshape(shape)
+
+
+# type: (name, to a list, from a list)
+_CONTAINERS: dict[type, tuple[str, Callable[[Any], Any], Callable[[list[Any]], Any]]] = {
+    tuple: ("$tuple", list, tuple),
+    torch.Size: ("$size", list, torch.Size),
+    set: ("$set", lambda value: sorted(value, key=repr), set),
+    frozenset: ("$frozenset", lambda value: sorted(value, key=repr), frozenset),
+    deque: ("$deque", list, deque),
+}
+
+_PUT_TOGETHER: dict[str, Callable[[Any], Any]] = {
+    "$float": float,
+    "$bytes": base64.b64decode,
+    "$dtype": _DTYPES.__getitem__,
+    "$device": torch.device,
+    "$dict": lambda pairs: {key: one for key, one in pairs},
+    "$ordered": lambda pairs: OrderedDict((key, one) for key, one in pairs),
+    "$counter": lambda pairs: Counter(dict(map(tuple, pairs))),
+}

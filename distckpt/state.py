@@ -1,0 +1,112 @@
+"""The state of a training program: what its parts hold, by name, read without side effects.
+
+A *part* is any object with ``state_dict`` and ``load_state_dict``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from distckpt import rng
+
+RNG = "rng"
+
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
+_RESERVED = {RNG, "state", "manifest", "claim"}
+_WRAPPED = {nn.parallel.DistributedDataParallel: "module", nn.DataParallel: "module"}
+_WRAPPED_NAMES = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+
+
+class Parts:
+    """The parts of one training program.
+
+    Args:
+        state: the objects, by name.
+        per_rank: names of the parts that each rank has of its own; ``None`` means those that one can iterate over
+            and that are no modules: data loaders and samplers. The others are equal on all ranks.
+    """
+
+    def __init__(self, state: Mapping[str, Any], per_rank: Collection[str] | None = None) -> None:
+        if not isinstance(state, Mapping) or not state:
+            raise TypeError(f"state should be a dict of names and objects with state_dict, is {type(state).__name__}")
+        for name, part in state.items():
+            _check_part(name, part)
+        if per_rank is not None:
+            if isinstance(per_rank, str) or not isinstance(per_rank, Collection):
+                raise TypeError(f"per_rank should be a list of names in state, is {per_rank!r}")
+            if unknown := set(per_rank) - set(state):
+                raise ValueError(f"per_rank names {sorted(unknown)}; in state there are {sorted(state)}")
+        own = {name for name, part in state.items() if _is_iterable(part)} if per_rank is None else set(per_rank)
+        self.shared = {name: part for name, part in state.items() if name not in own}
+        self.own = {name: part for name, part in state.items() if name in own}
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """The parts that are modules."""
+        return {name: part for name, part in self.shared.items() if isinstance(part, nn.Module)}
+
+    def capture_shared(self, *, is_leader: bool) -> dict[str, Any]:
+        """The state of the shared parts: references, no copies. Collective for parts whose ``state_dict`` is.
+
+        Keys of modules have no prefixes of wrappers. Nothing is initialised, stepped or changed.
+        """
+        captured = {}
+        for name, part in self.shared.items():
+            if hasattr(part, "consolidate_state_dict"):  # ZeroRedundancyOptimizer: gathers on the leader
+                part.consolidate_state_dict(0)
+                if not is_leader:
+                    continue
+            captured[name] = _module_state(part) if isinstance(part, nn.Module) else part.state_dict()
+        return captured
+
+    def capture_own(self) -> dict[str, Any]:
+        """The state of this rank's own parts and of its random number generators."""
+        return {**{name: part.state_dict() for name, part in self.own.items()}, RNG: rng.capture()}
+
+
+def canonical_keys(module: nn.Module, keys: Iterable[str]) -> dict[str, str]:
+    """For each key of ``module``'s state: its name without the prefixes of DDP, torch.compile and other wrappers."""
+    wrappers = {}
+    for path, one in module.named_modules():
+        for kind, child in _WRAPPED.items():
+            if isinstance(one, kind):
+                wrappers[path] = child
+        for child in _WRAPPED_NAMES:
+            if child in one._modules:
+                wrappers[path] = child
+    return {key: _strip(key, wrappers) if wrappers else key for key in keys}
+
+
+def _module_state(module: nn.Module) -> dict[str, Any]:
+    state = module.state_dict()
+    names = canonical_keys(module, state)
+    return {names[key]: value for key, value in state.items()}
+
+
+def _strip(key: str, wrappers: Mapping[str, str]) -> str:
+    path: list[str] = []
+    kept: list[str] = []
+    for segment in key.split("."):
+        if wrappers.get(".".join(path)) != segment:
+            kept.append(segment)
+        path.append(segment)
+    return ".".join(kept)
+
+
+def _is_iterable(part: Any) -> bool:
+    return hasattr(type(part), "__iter__") and not isinstance(part, nn.Module)
+
+
+def _check_part(name: object, part: Any) -> None:
+    if not isinstance(name, str) or _NAME.fullmatch(name) is None or name in _RESERVED:
+        raise ValueError(
+            f"{name!r} is no name of a part of the state: it names a file, so letters, digits and _ only, and none "
+            f"of {', '.join(sorted(_RESERVED))}"
+        )
+    for method in ("state_dict", "load_state_dict"):
+        if not callable(getattr(part, method, None)):
+            raise TypeError(f"state[{name!r}] is a {type(part).__name__}, which has no {method}()")
