@@ -15,7 +15,7 @@ from distckpt import environment, layout
 from distckpt.best import parse_metrics, ranking
 from distckpt.buffers import parse_mode, sync_buffers
 from distckpt.catalog import Catalog, scan
-from distckpt.errors import NoCheckpoint, SaveFailed
+from distckpt.errors import DistckptError, NoCheckpoint
 from distckpt.formats import Snapshot
 from distckpt.formats.full import FORMAT as FULL
 from distckpt.formats.known import get_format
@@ -72,8 +72,8 @@ class Checkpointer:
 
     Raises:
         TypeError, ValueError: naming the word that is wrong; for a word of another library, ours.
-        RankFailure: on all ranks, where the directory cannot be claimed: another live process holds it, it cannot be
-            written, it is a file, or not all ranks see it.
+        DirectoryInUse: on all ranks, where another live process saves into the directory.
+        RankFailure: on all ranks, where the directory cannot be written, is a file, or is not seen by all ranks.
         RuntimeError: where a launcher started several processes that ``torch.distributed`` does not know of.
     """
 
@@ -154,7 +154,8 @@ class Checkpointer:
         self._is_in_step = False
         self._record: Record | None = None
         self._triggers = Triggers(schedule, self._run, by_epoch=by_epoch)
-        self._must_resume = bool(from_leader(ranks, "look for checkpoints", lambda: bool(scan(store).records)))
+        self._is_resumed = False
+        self._holds_checkpoints = bool(from_leader(ranks, "look for checkpoints", lambda: bool(scan(store).records)))
 
     def resume(
         self,
@@ -178,13 +179,15 @@ class Checkpointer:
             rename: regular expressions for keys of modules in the checkpoint, and their replacements.
 
         Raises:
-            RankFailure: on all ranks, with the words of the error: nothing there verifies, it is of another model
-                (`StateMismatch`; nothing was changed then), or it was written by a newer distckpt.
+            NoCheckpoint: on all ranks, where checkpoints are there but none verifies, or ``which`` is not there.
+            StateMismatch: on all ranks, where it is of another model. Nothing was changed.
+            NewerVersion: on all ranks, where a newer distckpt wrote it.
+            RankFailure: on all ranks, where one failed otherwise.
         """
         selection = Selection.parse(only, exclude, rename)
         name = from_leader(self._ranks, "choice of a checkpoint", lambda: self._name_of(which))
         restored = self._run.restore(name=name)
-        self._must_resume = False
+        self._is_resumed = True
         if restored is None:
             if self._init_from is not None:
                 self._initialise(self._init_from, selection, strict=strict)
@@ -210,12 +213,12 @@ class Checkpointer:
         Raises:
             SaveFailed: on all ranks at the same step, where a save failed since. Training may go on if it is caught.
         """
-        self._require_resumed()
+        self._require_ready()
         self._progress = Progress(self._progress.step + 1, self._progress.epoch + epoch_ends)
         self._is_in_step = False
         try:
             reasons = self._triggers.due(self._progress, epoch_ends=epoch_ends)
-        except SaveFailed:
+        except DistckptError:
             self._saved = None
             raise
         verdict = Verdict({}, is_best=False)
@@ -234,7 +237,7 @@ class Checkpointer:
         """
         if isinstance(total, bool) or not isinstance(total, int) or total < 0:
             raise ValueError(f"steps({total!r}): should be the number of steps to train for in all")
-        if self._must_resume or self._progress.step == 0:
+        if not self._is_resumed:
             self.resume()
         while self._progress.step < total and not self._triggers.should_stop:
             self._is_in_step = True
@@ -255,6 +258,7 @@ class Checkpointer:
         """
         if not isinstance(metrics, Mapping) or not all(isinstance(key, str) for key in metrics):
             raise TypeError(f"report() takes a dict of names and numbers, got {metrics!r}")
+        self._require_ready()
         self._judge.check(metrics)
         if self._is_in_step:
             self._reported = {**(self._reported or {}), **metrics}
@@ -329,19 +333,23 @@ class Checkpointer:
     def _settle(self, timeout: timedelta | None = None) -> None:
         try:
             self._record = self._run.settle(timeout) or self._record
-        except SaveFailed:
+        except DistckptError:
             self._saved = None  # so that the next call tries again
             raise
 
-    def _require_resumed(self) -> None:
-        if self._must_resume:
+    def _require_ready(self) -> None:
+        if self._run.is_closed:
+            raise RuntimeError(
+                "this checkpointer is closed: steps() closes it at its end, so report() and save() before"
+            )
+        if self._holds_checkpoints and not self._is_resumed:
             raise RuntimeError(
                 f"{self._run.store.url} holds checkpoints: call resume() before the first step or save, or give a new "
                 "run a directory of its own"
             )
 
     def _save(self, reasons: tuple[str, ...], metrics: Mapping[str, float]) -> None:
-        self._require_resumed()
+        self._require_ready()
         if self._saved == self._progress:
             return
         began = time.monotonic()
@@ -351,11 +359,14 @@ class Checkpointer:
         self._settle()
         sync_buffers(self._parts.modules.values(), self._buffers_mode, ranks=self._ranks, timeout=self._timeout)
         job = Job(self._progress, reasons, self._take, metrics=metrics, environment=self._environment)
-        self._run.save(job, began=began)
         self._saved = self._progress
         self._triggers.restart()
-        if not self._async_save or self._triggers.should_stop:
-            self._settle()
+        try:
+            record = self._run.save(job, began=began, wait=not self._async_save or self._triggers.should_stop)
+        except DistckptError:
+            self._saved = None
+            raise
+        self._record = record or self._record
 
     def _is_busy(self) -> bool:
         # Whether a writer is done is seen by each rank at another time, so one of them says.

@@ -47,8 +47,9 @@ def read_newest(
         name: only this checkpoint, whatever else is there.
 
     Raises:
-        RankFailure: on every rank, where no candidate verifies (its cause, on the rank at fault, is `NoCheckpoint` or
-            `NewerVersion`), or where a rank failed otherwise. Never a silent fresh start.
+        NoCheckpoint: on every rank, where none of the candidates verifies. Never a silent fresh start.
+        NewerVersion: on every rank, where a newer distckpt wrote one.
+        RankFailure: on every rank, where one failed otherwise.
     """
     candidates = from_leader(ranks, "choice of a checkpoint", lambda: _candidates(store, name))
     skipped: list[str] = []

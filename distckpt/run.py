@@ -52,7 +52,8 @@ class Run:
         timeout: how long a rank waits for another before it gives it up, and training for a save to end.
 
     Raises:
-        RankFailure: on all ranks, where the leader could not claim the directory or a rank does not see it.
+        DirectoryInUse: on all ranks, where another live process holds the directory.
+        RankFailure: on all ranks, where the leader could not claim it otherwise, or a rank does not see it.
     """
 
     def __init__(
@@ -79,11 +80,13 @@ class Run:
         self._writer = Writer("distckpt-writer", exit_seconds=timeout.total_seconds())
         self._saves = 0
         self._pending: tuple[int, Future[Record]] | None = None
-        self._blocked_seconds: dict[int, float] = {}
         self.is_closed = False
 
-    def save(self, job: Job, *, began: float, then: Callable[[Record], None] | None = None) -> Future[Record]:
-        """The save is under way, in the background; `settle` waits for it.
+    def save(
+        self, job: Job, *, began: float, wait: bool = False, then: Callable[[Record], None] | None = None
+    ) -> Record | None:
+        """The save is under way in the background, and `settle` waits for it; with ``wait`` it is durable, and this
+        is its record.
 
         Args:
             job: its ``snapshot`` is taken now, on this thread, once the save before has ended and its memory is free.
@@ -92,16 +95,16 @@ class Run:
             then: what the leader does with the record, after the commit and before retention.
 
         Raises:
-            SaveFailed: what became of the save before this one, if nobody was told yet.
+            SaveFailed: on all ranks, what became of the save before, if nobody was told yet; with ``wait``, of this.
         """
         self.settle()
         self._saves += 1
         number = self._saves
         taken = replace(job, snapshot=_now(job.snapshot))
-        future = self._writer.submit(lambda: self._save(number, taken, then, began))
+        blocked_seconds = None if wait else time.monotonic() - began
+        future = self._writer.submit(lambda: self._save(number, taken, then, began, blocked_seconds))
         self._pending = (number, future)
-        self._blocked_seconds = {number: time.monotonic() - began}
-        return future
+        return self.settle() if wait else None
 
     def settle(self, timeout: timedelta | None = None) -> Record | None:
         """The save in flight has ended within ``timeout`` (of the run, if ``None``), and this is its record; ``None``
@@ -172,6 +175,7 @@ class Run:
             self._writer.close(self.timeout.total_seconds())
             if self.catalog is not None:
                 self._guarded("end of the run", self.catalog.attempt.end)
+            self._guarded("end of the run", self.ranks.close)
 
     def keep(self, catalog: Catalog) -> None:
         """What no rule keeps is gone, labels point where they should, left-overs are swept. In the leader's writer."""
@@ -212,7 +216,14 @@ class Run:
                 )
             time.sleep(0.1)
 
-    def _save(self, number: int, job: Job, then: Callable[[Record], None] | None, began: float) -> Record:
+    def _save(
+        self,
+        number: int,
+        job: Job,
+        then: Callable[[Record], None] | None,
+        began: float,
+        blocked_seconds: float | None,
+    ) -> Record:
         catalog = self.catalog
 
         def after(record: Record, seconds: Mapping[str, float]) -> None:
@@ -221,7 +232,7 @@ class Run:
                 self._guarded("labels", lambda: then(record))
             if catalog is not None:
                 self._guarded("retention", lambda: self.keep(catalog))
-            blocked = self._blocked_seconds.get(number, durable)
+            blocked = durable if blocked_seconds is None else blocked_seconds
             self._guarded("report", lambda: self._tell_saved(record, seconds, blocked, durable))
 
         try:

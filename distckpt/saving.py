@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from distckpt.catalog import Catalog, Draft
-from distckpt.errors import RankFailure, SaveFailed
+from distckpt.errors import DistckptError, RankFailure, SaveFailed
 from distckpt.formats import Format, Snapshot, Written
 from distckpt.manifest import FileEntry, Manifest, Record, TensorEntry
 from distckpt.progress import Progress
@@ -58,6 +58,7 @@ def save(
     Raises:
         SaveFailed: on every rank, with each failing rank's words. Nothing was committed, nothing committed was
             touched, and the next save starts afresh.
+        Superseded: on every rank, where a newer attempt has taken the directory over.
     """
     what = f"save of step {job.progress.step}"
     clock = _Clock()
@@ -70,10 +71,12 @@ def save(
         clock.lap("write")
         record = from_leader(ranks, f"{what} (commit)", lambda: _commit(catalog, draft, job, format, told, clock))
         clock.lap("commit")
-    except RankFailure as failure:
+    except DistckptError as failure:
         if draft is not None and catalog is not None:
             _abandon(catalog, draft)
-        raise SaveFailed(failure.during, failure.failures) from failure.__cause__
+        if isinstance(failure, RankFailure):
+            raise SaveFailed(failure.during, failure.failures) from failure.__cause__
+        raise
     committed = Record.from_json(record.encode(), "record")
     if is_leader(ranks):
         after(committed, clock.seconds)

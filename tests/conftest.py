@@ -56,6 +56,14 @@ class RankProcesses:
         return [told[rank][1] if rank in told else None for rank in range(world_size)]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        no_device = pytest.mark.skip(reason="needs a CUDA device")
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(no_device)
+
+
 @pytest.fixture
 def run_ranks() -> RankProcesses:
     return RankProcesses()

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from distckpt import errors
 from distckpt.errors import DistckptError, RankFailure
 
 # What JSON holds; a recursive alias would say so, but nothing here looks inside.
@@ -18,6 +19,16 @@ Json = Any
 _log = logging.getLogger("distckpt")
 
 LEADER = 0
+
+# Errors that say by their type what to do; ranks that failed so, and only so, all raise that type.
+_TYPED = (
+    errors.DirectoryInUse,
+    errors.Superseded,
+    errors.NoCheckpoint,
+    errors.DamagedCheckpoint,
+    errors.NewerVersion,
+    errors.StateMismatch,
+)
 
 
 class Ranks(Protocol):
@@ -51,7 +62,8 @@ class Ranks(Protocol):
         ...
 
     def close(self) -> None:
-        """Forget what these ranks still hold in common. Safe to call twice."""
+        """Nothing more is said. Collective: the leader gives the others a moment to come, as the store that they
+        agree through may end with its process. Safe to call twice."""
         ...
 
 
@@ -86,19 +98,20 @@ def is_leader(ranks: Ranks) -> bool:
 
 
 def together(ranks: Ranks, during: str, work: Callable[[], Json]) -> list[Json]:
-    """Everybody's result of ``work``, in the order of ranks; or the same `RankFailure` on all. Collective.
+    """Everybody's result of ``work``, in the order of ranks; or the same error on all. Collective.
 
     ``work`` runs alone: it is given no ranks to wait for, so a bad disk on one rank strands nobody.
 
     Raises:
-        RankFailure: where ``work`` raised on any rank, with each failing rank's words; its ``__cause__`` is this
-            rank's own exception, if it had one. Also for ranks that did not come in time.
+        RankFailure: where ``work`` raised on any rank, with each failing rank's words, and for ranks that did not come
+            in time. Where all that failed raised one type of `distckpt.errors` that says what to do, such as
+            `StateMismatch`, that type. Its ``__cause__`` is this rank's own exception, if it had one.
     """
     result, error = _attempt(work)
-    told = ranks.exchange(during, {"failed": _words(error)} if error else {"result": result})
-    failures = {rank: one["failed"] for rank, one in enumerate(told) if "failed" in one}
+    told = ranks.exchange(during, _failed(error) if error else {"result": result})
+    failures = {rank: one for rank, one in enumerate(told) if "failed" in one}
     if failures:
-        raise RankFailure(during, failures) from error
+        raise _failure(ranks, during, failures) from error
     return [one["result"] for one in told]
 
 
@@ -106,17 +119,16 @@ def from_leader(ranks: Ranks, during: str, work: Callable[[], Json]) -> Json:
     """The leader's result of ``work`` on every rank; or its failure on every rank. Collective.
 
     Raises:
-        RankFailure: where ``work`` raised; on the leader its ``__cause__`` is the exception. Also where the leader
-            did not come in time.
+        RankFailure: as in `together`, for the leader alone.
     """
     error: Exception | None = None
     told: Json = None
     if is_leader(ranks):
         result, error = _attempt(work)
-        told = {"failed": _words(error)} if error else {"result": result}
+        told = _failed(error) if error else {"result": result}
     told = ranks.broadcast(during, told)
     if "failed" in told:
-        raise RankFailure(during, {LEADER: told["failed"]}) from error
+        raise _failure(ranks, during, {LEADER: told}) from error
     return told["result"]
 
 
@@ -128,6 +140,17 @@ def _attempt(work: Callable[[], Json]) -> tuple[Json, Exception | None]:
         return None, error
 
 
-def _words(error: Exception) -> str:
+def _failed(error: Exception) -> Json:
     text = str(error)
-    return text if isinstance(error, DistckptError) and text else f"{type(error).__name__}: {text}"
+    words = text if isinstance(error, DistckptError) and text else f"{type(error).__name__}: {text}"
+    return {"failed": words, "type": type(error).__name__}
+
+
+def _failure(ranks: Ranks, during: str, told: dict[int, Json]) -> DistckptError:
+    words = {rank: one["failed"] for rank, one in told.items()}
+    failure = RankFailure(during, words)
+    types = {one["type"] for one in told.values()}
+    for typed in _TYPED:
+        if types == {typed.__name__}:
+            return typed(words[ranks.rank] if ranks.world_size == 1 else str(failure))
+    return failure

@@ -21,7 +21,7 @@ _LONGEST_PAUSE_SECONDS = 0.02
 # A board serves this many looks of idle listeners a second without feeling them.
 _IDLE_LOOKS_PER_SECOND = 5000
 _GRACE_SECONDS = 5.0
-_PARTING_SECONDS = 2.0
+_PARTING_SECONDS = 5.0
 
 T = TypeVar("T")
 
@@ -62,6 +62,7 @@ class BoardRanks:
         self._timeout = timeout
         self._round = 0
         self._told = 0
+        self._is_closed = False
         self._mine: list[str] = []
 
     def exchange(self, during: str, value: Json) -> list[Json]:
@@ -116,7 +117,14 @@ class BoardRanks:
         )
 
     def close(self) -> None:
-        return None  # what is left are a few small keys, which go with the board
+        if self._is_closed:
+            return
+        self._is_closed = True
+        # Where the leader's process holds the board, its end is that of the board: the others read to the end first.
+        if self.rank != LEADER:
+            self._post(f"{self._name}/left/{self.rank}", "", "close")
+            return
+        self._linger([f"{self._name}/left/{rank}" for rank in range(1, self.world_size)], "close")
 
     @property
     def _seconds(self) -> float:
@@ -163,11 +171,14 @@ class BoardRanks:
         if self.rank != LEADER:
             self._post(self._key(f"{self.rank}/read"), "", during)
             return
+        came = [rank for rank in range(1, self.world_size) if self._look(self._key(rank), during) is not None]
+        self._linger([self._key(f"{rank}/read") for rank in came], during)
+
+    def _linger(self, keys: list[str], during: str) -> None:
         deadline = time.monotonic() + min(_PARTING_SECONDS, self._seconds)
-        waiting = [rank for rank in range(1, self.world_size) if self._look(self._key(rank), during) is not None]
-        while waiting and time.monotonic() < deadline:
+        while keys and time.monotonic() < deadline:
+            keys = [key for key in keys if self._look(key, during) is None]
             time.sleep(_FIRST_PAUSE_SECONDS)
-            waiting = [rank for rank in waiting if self._look(self._key(f"{rank}/read"), during) is None]
 
     def _tidy(self) -> None:
         # Everybody has come to this round, so all have read what the rounds before it said.
