@@ -1,0 +1,93 @@
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# The house, from the ground up. A module imports from lower floors, and from its neighbours: those in one set.
+GROUND = {"errors"}
+WORDS = {"layout", "progress", "strict_json"}
+RECORDS = {"manifest"}
+POLICIES = {"schedule", "best", "retention", "words"}
+CONTRACTS = {"ranks", "stores", "formats"}
+FLOWS = {
+    *("attempt", "agreeing", "catalog", "saving", "restoring", "writer", "run"),
+    *("judging", "keeping", "triggers"),
+}
+HANDS_WITHOUT_TORCH = {"stores.local", "ranks.board"}
+HANDS = {
+    *HANDS_WITHOUT_TORCH,
+    *("formats.full", "formats.known", "formats.pth", "formats.safetensors_file", "formats.tree"),
+    *("ranks.process_group", "buffers", "environment", "matching", "rng", "snapshot", "state"),
+}
+INITIALISING = {"initialising"}
+CHECKPOINTER = {"checkpointer"}
+HOOK = {"hook"}
+DOORS = {"testing"}
+
+FLOORS = [
+    *([GROUND], [WORDS], [RECORDS], [POLICIES], [CONTRACTS], [FLOWS, HANDS]),
+    *([INITIALISING], [CHECKPOINTER], [HOOK], [DOORS]),
+]
+NAMED = [name for floor in FLOORS for room in floor for name in room]
+
+ROOT = Path(__file__).parents[1] / "distckpt"
+FILES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in ROOT.rglob("*.py")
+    if path != ROOT / "__init__.py"
+}
+
+WITHOUT_TORCH = sorted(GROUND | WORDS | RECORDS | POLICIES | CONTRACTS | FLOWS | HANDS_WITHOUT_TORCH)
+IMPORT_EACH = """
+import importlib, sys
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+    if "torch" in sys.modules:
+        sys.exit(f"{name} imports torch")
+"""
+
+
+def imports(path: Path) -> Iterator[str]:
+    """The modules of distckpt that the file imports, wherever in it, as NAMED spells them."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            asked = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            longer = [f"{node.module}.{alias.name}" for alias in node.names]
+            asked = [name if name.removeprefix("distckpt.") in FILES else node.module for name in longer]
+        else:
+            continue
+        yield from (name.removeprefix("distckpt.") for name in asked if name.split(".")[0] == "distckpt")
+
+
+def may_import(name: str) -> set[str]:
+    below = {"distckpt"}  # which imports nothing before it is asked for a name
+    for floor in FLOORS:
+        for room in floor:
+            if name in room:
+                return below | room
+        below = below.union(*floor)
+    raise AssertionError(f"{name} stands on no floor")
+
+
+def test_every_module_stands_on_one_floor():
+    assert sorted(NAMED) == sorted(FILES)
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_a_module_imports_from_lower_floors_and_neighbours_only(name):
+    assert set(imports(FILES[name])) <= may_import(name)
+
+
+def test_records_policies_and_flows_import_without_torch():
+    names = [f"distckpt.{name}" for name in WITHOUT_TORCH]
+    run = subprocess.run([sys.executable, "-c", IMPORT_EACH, *names], capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stderr
+
+
+def test_distckpt_itself_imports_without_torch():
+    run = subprocess.run([sys.executable, "-c", IMPORT_EACH, "distckpt"], capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stderr
