@@ -14,8 +14,8 @@ from typing import Any, Literal, Self
 from distckpt import environment, layout
 from distckpt.best import parse_metrics, ranking
 from distckpt.buffers import parse_mode, sync_buffers
-from distckpt.catalog import Catalog, scan
-from distckpt.errors import DistckptError, NoCheckpoint
+from distckpt.catalog import scan
+from distckpt.errors import NoCheckpoint
 from distckpt.formats import Snapshot
 from distckpt.formats.full import FORMAT as FULL
 from distckpt.formats.known import get_format
@@ -115,6 +115,8 @@ class Checkpointer:
             raise TypeError(f"on_event should be a function of one dict, is {on_event!r}")
         if not isinstance(out_dir, (str, os.PathLike)) or not os.fspath(out_dir):
             raise TypeError(f"out_dir should be the path of a directory, is {out_dir!r}")
+        if "://" in os.fspath(out_dir):
+            raise ValueError(f"out_dir should be a directory of a file system, {out_dir!r} is a URL")
         schedule = Schedule.parse(interval, begin=save_begin)
         self._save_last = save_last
         metrics = parse_metrics(save_best, rule, greater_keys, less_keys)
@@ -149,10 +151,8 @@ class Checkpointer:
         self._timeout = timeout
         self._environment = environment.describe()
         self._progress = Progress(0)
-        self._saved: Progress | None = None
         self._reported: dict[str, object] | None = None
         self._is_in_step = False
-        self._record: Record | None = None
         self._triggers = Triggers(schedule, self._run, by_epoch=by_epoch)
         self._is_resumed = False
         self._holds_checkpoints = bool(from_leader(ranks, "look for checkpoints", lambda: bool(scan(store).records)))
@@ -184,6 +184,8 @@ class Checkpointer:
             NewerVersion: on all ranks, where a newer distckpt wrote it.
             RankFailure: on all ranks, where one failed otherwise.
         """
+        if not isinstance(which, (str, int)) or isinstance(which, bool):
+            raise TypeError(f'which should be "latest", "best", a step or a name, is {which!r}')
         selection = Selection.parse(only, exclude, rename)
         name = from_leader(self._ranks, "choice of a checkpoint", lambda: self._name_of(which))
         restored = self._run.restore(name=name)
@@ -197,8 +199,8 @@ class Checkpointer:
         matched = self._match(self._parts, restored.snapshot, selection, strict=strict, is_same_world=is_same_world)
         together(self._ranks, f"load of {record.name}", matched.apply)
         self._progress = record.progress
-        self._record = record
-        self._saved = record.progress if not matched.report.left and matched.report.is_whole else None
+        self._run.record = record
+        self._run.saved = record.progress if not matched.report.left and matched.report.is_whole else None
         self._triggers.restart()
         if is_leader(self._ranks):
             _log.info("%s", matched.exactness(record))
@@ -216,11 +218,7 @@ class Checkpointer:
         self._require_ready()
         self._progress = Progress(self._progress.step + 1, self._progress.epoch + epoch_ends)
         self._is_in_step = False
-        try:
-            reasons = self._triggers.due(self._progress, epoch_ends=epoch_ends)
-        except DistckptError:
-            self._saved = None
-            raise
+        reasons = self._triggers.due(self._progress, epoch_ends=epoch_ends)
         verdict = Verdict({}, is_best=False)
         if self._reported is not None:
             reported, self._reported = self._reported, None
@@ -229,6 +227,7 @@ class Checkpointer:
             reasons.append("best")
         if reasons:
             self._save(tuple(dict.fromkeys(reasons)), verdict.metrics)
+        self._run.raise_failure()
 
     def steps(self, total: int) -> Iterator[int]:
         """The steps that are left until ``total`` are done, from 1: resumes, saves when due, closes at the end.
@@ -264,11 +263,11 @@ class Checkpointer:
             self._reported = {**(self._reported or {}), **metrics}
             return
         verdict = self._judged(metrics)
-        if self._saved == self._progress and self._record is not None:
-            self._record = record = self._record.with_metrics(verdict.metrics, ("best",) if verdict.is_best else ())
-            self._run.on_leader(lambda catalog: self._relabel(catalog, record))
+        if self._run.saved == self._progress and self._run.record is not None:
+            self._run.relabel(self._run.record.with_metrics(verdict.metrics, ("best",) if verdict.is_best else ()))
         elif verdict.is_best:
             self._save(("best",), verdict.metrics)
+        self._run.raise_failure()
 
     def save(self, reason: str = "asked", *, wait: bool = False) -> None:
         """What is done so far is being saved, or already was; with ``wait`` it is durable. Collective.
@@ -280,7 +279,7 @@ class Checkpointer:
             raise TypeError(f"reason should be a word, is {reason!r}")
         self._save((reason,), {})
         if wait:
-            self.wait()
+            self._run.settle()
 
     def wait(self, timeout: timedelta | None = None) -> None:
         """The save in flight is durable, within ``timeout`` (of the checkpointer, if None). Collective.
@@ -289,7 +288,7 @@ class Checkpointer:
             SaveFailed: on all ranks, if it failed.
             TimeoutError: where it did not end in time; it goes on.
         """
-        self._settle(timeout)
+        self._run.settle(timeout)
 
     def close(self) -> None:
         """All is saved that should be, durable, and the directory is free. Collective. Safe to call twice.
@@ -330,13 +329,6 @@ class Checkpointer:
         """The best committed checkpoint by the first metric of ``save_best``. Not collective; one listing."""
         return self._best_of(scan(self._run.store).records)
 
-    def _settle(self, timeout: timedelta | None = None) -> None:
-        try:
-            self._record = self._run.settle(timeout) or self._record
-        except DistckptError:
-            self._saved = None  # so that the next call tries again
-            raise
-
     def _require_ready(self) -> None:
         if self._run.is_closed:
             raise RuntimeError(
@@ -350,23 +342,17 @@ class Checkpointer:
 
     def _save(self, reasons: tuple[str, ...], metrics: Mapping[str, float]) -> None:
         self._require_ready()
-        if self._saved == self._progress:
+        if self._run.saved == self._progress:
             return
         began = time.monotonic()
         if self._when_busy == "skip" and reasons == ("interval",) and self._is_busy():
             _log.warning("step %d is not saved: the save before it is not durable yet", self._progress.step)
             return
-        self._settle()
+        self._run.collect()
         sync_buffers(self._parts.modules.values(), self._buffers_mode, ranks=self._ranks, timeout=self._timeout)
-        job = Job(self._progress, reasons, self._take, metrics=metrics, environment=self._environment)
-        self._saved = self._progress
         self._triggers.restart()
-        try:
-            record = self._run.save(job, began=began, wait=not self._async_save or self._triggers.should_stop)
-        except DistckptError:
-            self._saved = None
-            raise
-        self._record = record or self._record
+        job = Job(self._progress, reasons, self._take, metrics=metrics, environment=self._environment)
+        self._run.save(job, began=began, wait=not self._async_save or self._triggers.should_stop)
 
     def _is_busy(self) -> bool:
         # Whether a writer is done is seen by each rank at another time, so one of them says.
@@ -378,12 +364,8 @@ class Checkpointer:
         return Snapshot(staged, self._own_stager.copy(self._parts.capture_own()))
 
     def _judged(self, reported: Mapping[str, object]) -> Verdict:
-        self._settle()  # a save in flight may be the best so far, which its record will say
+        self._run.collect()  # a save in flight may be the best so far, which its record will say
         return self._judge.judge(reported)
-
-    def _relabel(self, catalog: Catalog, record: Record) -> None:
-        catalog.relabel(record)
-        self._run.keep(catalog)
 
     def _name_of(self, which: str | int) -> str | None:
         if which == "latest":
@@ -393,11 +375,7 @@ class Checkpointer:
             if best is None:
                 raise NoCheckpoint(f"{self._run.store.url}: no checkpoint there has a metric of save_best")
             return best.name
-        if isinstance(which, int) and not isinstance(which, bool):
-            return str(layout.StepName(which))
-        if not isinstance(which, str):
-            raise TypeError(f'which should be "latest", "best", a step or a name, is {which!r}')
-        return which
+        return which if isinstance(which, str) else str(layout.StepName(which))
 
     def _best_of(self, records: Sequence[Record]) -> Record | None:
         ranked = ranking(self._judge.metrics[0], records) if self._judge.metrics else []

@@ -17,6 +17,7 @@ from distckpt.catalog import Catalog
 from distckpt.errors import DistckptError
 from distckpt.formats import Format, Snapshot
 from distckpt.manifest import Record
+from distckpt.progress import Progress
 from distckpt.ranks import Ranks, from_leader, is_leader, together
 from distckpt.restoring import Restored, read_newest
 from distckpt.saving import Job, save
@@ -45,6 +46,11 @@ class Run:
     """A run's directory, as one of its processes uses it. Every method is collective unless it says otherwise.
 
     Construction claims the directory, and finds out whether all ranks see it.
+
+    Attributes:
+        saved: the progress whose save is under way or committed; a failed one does not count.
+        record: the last that was committed, or resumed from.
+        catalog: the right to change the directory; the leader's alone.
 
     Args:
         format: how new checkpoints are written. ``get_format`` finds the one of an old checkpoint by its name.
@@ -79,7 +85,10 @@ class Run:
         self._writer_ranks = ranks.fork("writer")
         self._writer = Writer("distckpt-writer", exit_seconds=timeout.total_seconds())
         self._saves = 0
-        self._pending: tuple[int, Future[Record]] | None = None
+        self._pending: tuple[int, Progress, Future[Record]] | None = None
+        self._failure: DistckptError | None = None
+        self.saved: Progress | None = None
+        self.record: Record | None = None
         self.is_closed = False
 
     def save(
@@ -95,41 +104,59 @@ class Run:
             then: what the leader does with the record, after the commit and before retention.
 
         Raises:
-            SaveFailed: on all ranks, what became of the save before, if nobody was told yet; with ``wait``, of this.
+            SaveFailed: on all ranks, what became of the save before, if nobody was told yet: this one is under way all
+                the same. With ``wait``, what became of this.
+            TimeoutError: where the save before it has not ended in time; nothing is saved.
         """
-        self.settle()
+        self.collect()
         self._saves += 1
         number = self._saves
         taken = replace(job, snapshot=_now(job.snapshot))
         blocked_seconds = None if wait else time.monotonic() - began
         future = self._writer.submit(lambda: self._save(number, taken, then, began, blocked_seconds))
-        self._pending = (number, future)
-        return self.settle() if wait else None
+        self._pending = (number, job.progress, future)
+        self.saved = job.progress
+        if wait:
+            self.collect()
+        self.raise_failure()
+        return self.record if wait else None
 
     def settle(self, timeout: timedelta | None = None) -> Record | None:
-        """The save in flight has ended within ``timeout`` (of the run, if ``None``), and this is its record; ``None``
-        where there was none.
+        """The save in flight has ended within ``timeout`` (of the run, if ``None``), and this is the last record.
 
         Raises:
             SaveFailed: on all ranks, if it failed.
             TimeoutError: where it did not end in time; it goes on.
         """
+        self.collect(timeout)
+        self.raise_failure()
+        return self.record
+
+    def collect(self, timeout: timedelta | None = None) -> None:
+        """As `settle`, but a failure is kept for `raise_failure`: what else is to be done comes first."""
         if self._pending is None:
-            return None
-        number, future = self._pending
+            return
+        number, progress, future = self._pending
         timeout = timeout or self.timeout
         try:
-            record = future.result(timeout.total_seconds())
+            self.record = future.result(timeout.total_seconds())
         except TimeoutError:
-            if not future.done():
-                raise TimeoutError(f"save {number} has not ended within {timeout}; it goes on") from None
-            self._pending = None
-            raise
-        except BaseException:
-            self._pending = None
-            raise
+            raise TimeoutError(f"save {number} has not ended within {timeout}; it goes on") from None
+        except DistckptError as failure:
+            self._failure = self._failure or failure
+            if self.saved == progress:
+                self.saved = None  # so that it is tried again
         self._pending = None
-        return record
+
+    def raise_failure(self) -> None:
+        """No save has failed since the last call.
+
+        Raises:
+            SaveFailed: on all ranks, the first that did.
+        """
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
 
     @property
     def is_busy(self) -> bool:
@@ -139,13 +166,12 @@ class Run:
     def boundary(self, step: int) -> list[Request]:
         """What the leader asked all ranks to do at this step. A look at a flag, unless there is something.
 
-        Raises:
-            SaveFailed: on all ranks at the same step, where a save failed since.
+        Where a save failed since, `raise_failure` raises it from now on, on all ranks.
         """
         due = self.requests.due(step)
         for request in due:
             if request.what == _FAILURE and self._pending is not None and str(self._pending[0]) == request.why:
-                self.settle(self.timeout)
+                self.collect()
         return [request for request in due if request.what != _FAILURE]
 
     def on_leader(self, work: Callable[[Catalog], None]) -> None:
@@ -153,6 +179,16 @@ class Run:
         labels, never what was saved. Not collective: on other ranks nothing happens."""
         if (catalog := self.catalog) is not None:
             self._writer.submit(lambda: self._guarded("labels", lambda: work(catalog)))
+
+    def relabel(self, record: Record) -> None:
+        """The record on disk will say what ``record`` says, and labels and retention follow."""
+        self.record = record
+
+        def rewrite(catalog: Catalog) -> None:
+            catalog.relabel(record)
+            self.keep(catalog)
+
+        self.on_leader(rewrite)
 
     def restore(self, *, name: str | None = None, parts: Collection[str] | None = None) -> Restored | None:
         """As `read_newest`, after the save in flight has ended."""

@@ -32,11 +32,7 @@ class Triggers:
         self._control = Stopwatch(_CONTROL_PERIOD)
 
     def due(self, progress: Progress, *, epoch_ends: bool) -> list[str]:
-        """The reasons; none where nothing is due. Every rank, at every step.
-
-        Raises:
-            SaveFailed: on all ranks at the same step, where a save failed since.
-        """
+        """The reasons; none where nothing is due. Every rank, at every step."""
         if is_leader(self._run.ranks):
             self._look()
         count = progress.epoch if self._by_epoch else progress.step
