@@ -98,7 +98,7 @@ def digest(file: Path) -> str:
 def table(checkpoints: Path) -> str:
     """What is on disk, and why. The words are those of demo_train.py."""
     records = scan(LocalStore(checkpoints)).records
-    retention = Retention.parse(max_keep_ckpts=3, metrics=parse_metrics("val/acc"))
+    retention = Retention.parse(max_keep_ckpts=2, keep_every=100, metrics=parse_metrics("val/acc"))
     kept = retention.kept(records, datetime.now(UTC))
     links = {path.name: str(path.readlink()) for path in checkpoints.iterdir() if path.is_symlink()}
     rows = [("checkpoint", "val/acc", "size", "saved because", "kept because", "links")]

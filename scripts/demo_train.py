@@ -91,11 +91,10 @@ def main(out: Path, steps: int) -> None:
     batches = Batches(train_images, train_labels, batch_size=32)
     state = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "batches": batches}
 
-    out.mkdir(parents=True, exist_ok=True)
-    with (
-        distckpt.Checkpointer(out / "checkpoints", state, interval=25, max_keep_ckpts=3, save_best="val/acc") as ckpt,
-        (out / f"losses-rank{dist.get_rank()}.csv").open("a", buffering=1) as losses,
-    ):
+    ckpt = distckpt.Checkpointer(
+        out / "checkpoints", state, interval=25, max_keep_ckpts=2, keep_every=100, save_best="val/acc"
+    )
+    with ckpt, (out / f"losses-rank{dist.get_rank()}.csv").open("a", buffering=1) as losses:
         for step in ckpt.steps(steps):
             images, labels = next(batches)
             loss = F.cross_entropy(model(images), labels)
