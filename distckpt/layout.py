@@ -22,8 +22,8 @@ STOP = "STOP"
 DRAFT_PREFIX = ".draft-"
 TRASH_PREFIX = ".trash-"
 
-_STEP = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
-_ATTEMPT = re.compile(r"\.attempt-(\d{8,})")
+_STEP = re.compile(r"step-([0-9]{8,18})(?:\.([0-9]{1,9}))?")
+_ATTEMPT = re.compile(r"\.attempt-([0-9]{8,18})")
 _SAFE = re.compile(r"[A-Za-z0-9_+=@,-][A-Za-z0-9._+=@, -]{0,199}")
 
 
@@ -70,7 +70,10 @@ def attempt_file(attempt: int) -> str:
 def parse_attempt(name: str) -> int | None:
     """The inverse of `attempt_file`; ``None`` for every other name."""
     match = _ATTEMPT.fullmatch(name)
-    return int(match[1]) if match else None
+    if match is None:
+        return None
+    attempt = int(match[1])
+    return attempt if attempt_file(attempt) == name else None
 
 
 def part_file(part: str) -> str:

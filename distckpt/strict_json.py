@@ -28,7 +28,9 @@ def load(data: bytes, what: str) -> dict[str, Any]:
         ValueError: naming ``what``, for everything else.
     """
     try:
-        value = json.loads(data, object_pairs_hook=_no_duplicates, parse_constant=_refuse, parse_float=_finite)
+        # Python would also guess at UTF-16 and take a byte order mark, which no other reader of ours does.
+        text = data.decode("utf-8")
+        value = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_refuse, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{what} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
@@ -44,10 +46,17 @@ def take(fields: Mapping[str, Any], key: str, kind: type[T], what: str) -> T:
     """
     value = fields.get(key)
     if type(value) is int and kind is float:
-        value = float(value)
+        value = _to_float(value)
     if type(value) is not kind:
         raise ValueError(f"{what}: {key!r} should be {kind.__name__}, is {ascii(value)[:80]}")
     return value
+
+
+def _to_float(value: int) -> float | int:
+    try:
+        return float(value)
+    except OverflowError:
+        return value  # refused, as no float
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
