@@ -135,7 +135,7 @@ class Checkpointer:
 
         store = LocalStore(out_dir)
         ranks = detect(timeout)
-        self._judge = Judge(metrics, max_keep_best, ranks=ranks, store=store)
+        self._judge = Judge(metrics, max_keep_best, ranks=ranks, records=lambda: self._run.own_records())
         keeping = LabelledKeeping(kept, self._judge)
         from_leader(ranks, f"creation of {store.url}", store.make_root)
         self._run = Run(
@@ -151,7 +151,7 @@ class Checkpointer:
         self._timeout = timeout
         self._environment = environment.describe()
         self._progress = Progress(0)
-        self._reported: dict[str, object] | None = None
+        self._reported: dict[str, float | None] | None = None
         self._is_in_step = False
         self._triggers = Triggers(schedule, self._run, by_epoch=by_epoch)
         self._is_resumed = False
@@ -258,11 +258,11 @@ class Checkpointer:
         if not isinstance(metrics, Mapping) or not all(isinstance(key, str) for key in metrics):
             raise TypeError(f"report() takes a dict of names and numbers, got {metrics!r}")
         self._require_ready()
-        self._judge.check(metrics)
+        numbers = self._judge.numbers(metrics)
         if self._is_in_step:
-            self._reported = {**(self._reported or {}), **metrics}
+            self._reported = {**(self._reported or {}), **numbers}
             return
-        verdict = self._judged(metrics)
+        verdict = self._judged(numbers)
         if self._run.saved == self._progress and self._run.record is not None:
             self._run.relabel(self._run.record.with_metrics(verdict.metrics, ("best",) if verdict.is_best else ()))
         elif verdict.is_best:
@@ -363,9 +363,9 @@ class Checkpointer:
         staged = self._shared_stager.copy(shared) if is_leader(self._ranks) else {}
         return Snapshot(staged, self._own_stager.copy(self._parts.capture_own()))
 
-    def _judged(self, reported: Mapping[str, object]) -> Verdict:
+    def _judged(self, numbers: Mapping[str, float | None]) -> Verdict:
         self._run.collect()  # a save in flight may be the best so far, which its record will say
-        return self._judge.judge(reported)
+        return self._judge.judge(numbers)
 
     def _name_of(self, which: str | int) -> str | None:
         if which == "latest":

@@ -213,9 +213,15 @@ class Run:
                 self._guarded("end of the run", self.catalog.attempt.end)
             self._guarded("end of the run", self.ranks.close)
 
+    def own_records(self) -> list[Record]:
+        """The committed checkpoints of this run, from the oldest to the newest. Leader only; on others none."""
+        if self.catalog is None:
+            return []
+        return [record for record in self.catalog.scan().records if record.run == self.catalog.attempt.run]
+
     def keep(self, catalog: Catalog) -> None:
         """What no rule keeps is gone, labels point where they should, left-overs are swept. In the leader's writer."""
-        mine = [record for record in catalog.scan().records if record.run == catalog.attempt.run]
+        mine = self.own_records()
         gone = self._keeping.to_delete(mine)
         for record in gone:
             catalog.delete(record)
