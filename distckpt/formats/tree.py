@@ -20,6 +20,23 @@ from distckpt.formats.safetensors_file import DTYPES
 
 _TENSOR = "$tensor"
 _DTYPES = {str(dtype): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
+_KINDS = (
+    "?",
+    "i1",
+    "i2",
+    "i4",
+    "i8",
+    "u1",
+    "u2",
+    "u4",
+    "u8",
+    "f2",
+    "f4",
+    "f8",
+    "c8",
+    "c16",
+)  # those that torch has too
+_ARRAYS = frozenset(map(np.dtype, _KINDS))
 
 
 def encode(value: Any, path: str) -> tuple[Any, dict[str, Tensor]]:
@@ -35,14 +52,15 @@ def encode(value: Any, path: str) -> tuple[Any, dict[str, Tensor]]:
 
 
 def decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The inverse of `encode`. Types and the order of keys are what they were.
+    """The inverse of `encode`. Types and the order of keys are what they were, but that a defaultdict comes back as a
+    dict, a bytearray as bytes, and a number of NumPy as Python's.
 
     Raises:
         ValueError: where ``value`` is not what `encode` returns, or a tensor is missing.
     """
     try:
         return _decode(value, tensors)
-    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:  # what torch raises for a wrong shape too
         raise ValueError(f"this is no state of ours ({type(error).__name__}: {error})") from error
 
 
@@ -68,10 +86,10 @@ def _encode(value: Any, place: tuple[str, ...], path: str, tensors: dict[str, Te
         return {kind: [[inside(key, "key"), inside(one, key)] for key, one in value.items()]}
     if isinstance(value, (bytes, bytearray)):
         return {"$bytes": base64.b64encode(value).decode()}
-    if isinstance(value, np.generic):
-        return inside(value.item(), "")
-    if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
-        return {"$numpy": _refer(torch.from_numpy(np.ascontiguousarray(value)), place, tensors)}
+    if isinstance(value, np.generic) and value.dtype.kind in "biufU" and type(value.item()) in (bool, int, float, str):
+        return _encode(value.item(), place, path, tensors)
+    if isinstance(value, np.ndarray) and value.dtype in _ARRAYS and not isinstance(value, np.ma.MaskedArray):
+        return {"$numpy": _refer(torch.from_numpy(np.array(value, order="C")), place, tensors)}
     if isinstance(value, torch.dtype):
         return {"$dtype": str(value)}
     if isinstance(value, torch.device):
@@ -96,19 +114,20 @@ def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
         return tensor.numpy() if kind == "$numpy" else tensor
     for name, _, put_together in _CONTAINERS.values():
         if kind == name:
-            return put_together([_decode(one, tensors) for one in inner])
+            return put_together([_decode(one, tensors) for one in _listed(inner)])
     return _PUT_TOGETHER[kind](_decode(inner, tensors))
 
 
 def _refer(tensor: Tensor, place: tuple[str, ...], tensors: dict[str, Tensor]) -> Any:
     key = ".".join(place) or "value"
-    while key in tensors:  # {"a": {"b": t}, "a.b": t}
+    while key in tensors or key == "__metadata__":  # {"a": {"b": t}, "a.b": t}; the header's own
         key += "'"
     if tensor.dtype in DTYPES:
         tensors[key] = tensor
         return key
     # What safetensors has no word for lies there as plain bytes, and its type here.
-    tensors[key] = tensor.contiguous().reshape(-1).view(torch.uint8)
+    plain = tensor.contiguous().reshape(-1) if tensor.numel() else torch.empty(0, dtype=tensor.dtype)
+    tensors[key] = plain.view(torch.uint8)
     return [key, str(tensor.dtype), list(tensor.shape)]
 
 
@@ -119,21 +138,37 @@ def _find(reference: Any, tensors: Mapping[str, Tensor]) -> Tensor:
     return tensors[key].view(_DTYPES[dtype]).reshape(shape)
 
 
+def _listed(value: Any) -> list[Any]:
+    if type(value) is not list:
+        raise TypeError(f"{ascii(value)[:80]} is no list")
+    return value
+
+
+def _paired(value: Any) -> list[tuple[Any, Any]]:
+    return [(key, one) for key, one in map(_listed, _listed(value))]
+
+
+def _size(extents: list[Any]) -> torch.Size:
+    if not all(type(one) is int and 0 <= one < 1 << 63 for one in extents):
+        raise TypeError(f"{ascii(extents)[:80]} is no size")
+    return torch.Size(extents)
+
+
 # type: (name, to a list, from a list)
 _CONTAINERS: dict[type, tuple[str, Callable[[Any], Any], Callable[[list[Any]], Any]]] = {
     tuple: ("$tuple", list, tuple),
-    torch.Size: ("$size", list, torch.Size),
+    torch.Size: ("$size", list, _size),
     set: ("$set", lambda value: sorted(value, key=repr), set),
     frozenset: ("$frozenset", lambda value: sorted(value, key=repr), frozenset),
     deque: ("$deque", list, deque),
 }
 
 _PUT_TOGETHER: dict[str, Callable[[Any], Any]] = {
-    "$float": float,
-    "$bytes": base64.b64decode,
+    "$float": {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}.__getitem__,
+    "$bytes": lambda text: base64.b64decode(text, validate=True),
     "$dtype": _DTYPES.__getitem__,
     "$device": torch.device,
-    "$dict": lambda pairs: {key: one for key, one in pairs},
-    "$ordered": lambda pairs: OrderedDict((key, one) for key, one in pairs),
-    "$counter": lambda pairs: Counter(dict(map(tuple, pairs))),
+    "$dict": lambda pairs: dict(_paired(pairs)),
+    "$ordered": lambda pairs: OrderedDict(_paired(pairs)),
+    "$counter": lambda pairs: Counter(dict(_paired(pairs))),
 }
