@@ -7,9 +7,10 @@ size of their elements, so that each lies aligned.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import xxhash
@@ -22,6 +23,7 @@ from distckpt.stores import Sink, Source, Store
 
 _ALIGNMENT = 4096
 _LONGEST_HEADER_BYTES = 100_000_000  # the limit of safetensors' own readers
+_MOST_DIMENSIONS = 64  # the limit of torch's own operators
 
 DTYPES: Mapping[torch.dtype, str] = {
     torch.float64: "F64",
@@ -168,16 +170,19 @@ def _read_header(source: _HashedSource, what: str) -> dict[str, tuple[torch.dtyp
 def _place(name: str, field: dict[str, Any], begin: int) -> tuple[torch.dtype, tuple[int, ...]]:
     dtype = _DTYPES_BY_NAME.get(str(field.get("dtype")))
     shape = field.get("shape")
-    if dtype is None or type(shape) is not list or not all(type(one) is int and one >= 0 for one in shape):
+    if dtype is None or not _is_shape(shape) or dtype.itemsize * math.prod(filter(None, shape)) >= 1 << 63:
         raise ValueError(
-            f"{ascii(name)[:80]} has the dtype {ascii(field.get('dtype'))} and the shape {ascii(shape)[:80]}"
+            f"{ascii(name)[:80]} has the dtype {ascii(field.get('dtype'))[:80]} and the shape {ascii(shape)[:80]}"
         )
-    size = torch.empty(0, dtype=dtype).element_size()
-    for extent in shape:
-        size *= extent
+    size = dtype.itemsize * math.prod(shape)
     if _offsets(field) != (begin, begin + size):
         raise ValueError(f"{ascii(name)[:80]} lies at {_offsets(field)}, and should at {(begin, begin + size)}")
     return dtype, tuple(shape)
+
+
+def _is_shape(shape: Any) -> TypeGuard[list[int]]:
+    is_list = type(shape) is list and len(shape) <= _MOST_DIMENSIONS
+    return is_list and all(type(one) is int and one >= 0 for one in shape)
 
 
 def _offsets(field: Any) -> tuple[int, int]:
