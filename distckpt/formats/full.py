@@ -100,8 +100,9 @@ def _read_index(store: Store, path: str, index: str, files: Mapping[str, FileEnt
     try:
         told = strict_json.load(data, place)
         for part, one in told.items():
-            if type(one) is not dict or not all(type(one.get(key)) is str for key in ("file", "prefix")):
-                raise ValueError(f"{place}: {ascii(part)[:80]} has no place")
+            is_placed = type(one) is dict and all(type(one.get(key)) is str for key in ("file", "prefix"))
+            if not is_placed or "state" not in one:
+                raise ValueError(f"{place}: {ascii(part)[:80]} has no place, or no state")
     except ValueError as error:
         raise DamagedCheckpoint(str(error)) from error
     return told

@@ -20,23 +20,7 @@ from distckpt.formats.safetensors_file import DTYPES
 
 _TENSOR = "$tensor"
 _DTYPES = {str(dtype): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
-_KINDS = (
-    "?",
-    "i1",
-    "i2",
-    "i4",
-    "i8",
-    "u1",
-    "u2",
-    "u4",
-    "u8",
-    "f2",
-    "f4",
-    "f8",
-    "c8",
-    "c16",
-)  # those that torch has too
-_ARRAYS = frozenset(map(np.dtype, _KINDS))
+_ARRAYS = frozenset(map(np.dtype, "?bBhHiIlLefdFD"))  # the numbers that torch has too, in this machine's byte order
 
 
 def encode(value: Any, path: str) -> tuple[Any, dict[str, Tensor]]:

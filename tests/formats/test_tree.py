@@ -92,6 +92,7 @@ def test_what_comes_back_is_what_was_stored(value):
     assert spelled(through_json(value)) == spelled(value)
 
 
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_tensor_of_each_type_keeps_its_bits_and_its_shape(dtype):
     flat = filled(dtype, (12,), 0)

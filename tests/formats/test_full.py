@@ -1,0 +1,190 @@
+"""The full format: one safetensors file for each part, JSON beside it, and nothing read that was not checked."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from distckpt.errors import DamagedCheckpoint
+from distckpt.formats import Snapshot, Written
+from distckpt.formats.full import FORMAT
+from distckpt.manifest import FileEntry, Manifest, digest
+from distckpt.progress import Progress
+from distckpt.stores.local import LocalStore
+
+FOLDER = "step-00000004"
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> LocalStore:
+    return LocalStore(tmp_path)
+
+
+def shared_state() -> dict[str, Any]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    model(torch.randn(4, 2)).sum().backward()
+    optimizer.step()
+    return {"model": dict(model.state_dict()), "optimizer": optimizer.state_dict(), "scheduler": {"last_epoch": 3}}
+
+
+def own_state(rank: int) -> dict[str, Any]:
+    return {
+        "loader": {"at": rank, "order": torch.arange(rank + 2)},
+        "loader_": {"order": [rank]},
+        "rng": {"torch": b"1"},
+    }
+
+
+def write(store: LocalStore, world_size: int) -> Manifest:
+    store.make_folder(FOLDER)
+    told = [
+        FORMAT.write(Snapshot(shared_state() if rank == 0 else {}, own_state(rank)), store, FOLDER, rank)
+        for rank in range(world_size)
+    ]
+    return manifest_of(told)
+
+
+def manifest_of(told: list[Written]) -> Manifest:
+    return Manifest(
+        progress=Progress(4),
+        format=FORMAT.name,
+        world_size=len(told),
+        reasons=("asked",),
+        created="",
+        run="",
+        attempt=1,
+        serial=1,
+        files=tuple(file for one in told for file in one.files),
+        tensors=tuple(tensor for one in told for tensor in one.tensors),
+    )
+
+
+def read(store: LocalStore, manifest: Manifest, rank: int = 0, parts: Any = None) -> Snapshot:
+    return FORMAT.read(store, FOLDER, manifest, rank, parts)
+
+
+def test_files_are_called_by_part_and_by_rank(store):
+    manifest = write(store, 2)
+    names = ["model.safetensors", "optimizer.safetensors", "state.json"]
+    names += [f"rank-0000{rank}.{kind}" for rank in range(2) for kind in ("json", "safetensors")]
+    assert store.list(FOLDER) == sorted(names) == sorted(file.path for file in manifest.files)
+    assert all((store.root / FOLDER / file.path).stat().st_size == file.size_bytes for file in manifest.files)
+
+
+def test_stock_safetensors_reads_the_model_by_its_own_keys(store):
+    write(store, 1)
+    weights = safetensors.torch.load_file(store.root / FOLDER / "model.safetensors")
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    model.load_state_dict(weights, strict=True)
+    assert all(torch.equal(weights[key], one) for key, one in shared_state()["model"].items())
+
+
+def test_what_read_with_says_reads_the_model(store, monkeypatch):
+    write(store, 1)
+    monkeypatch.chdir(store.root / FOLDER)
+    assert eval(FORMAT.read_with, {"safetensors": safetensors}).keys() == shared_state()["model"].keys()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_each_rank_gets_what_is_shared_and_its_own(store, rank):
+    snapshot = read(store, write(store, 2), rank)
+    assert str(snapshot.shared) == str(shared_state())
+    assert str(snapshot.own) == str(own_state(rank))
+
+
+def test_a_rank_that_was_not_there_gets_nothing_of_its_own(store):
+    snapshot = read(store, write(store, 2), 2)
+    assert snapshot.own == {}
+    assert str(snapshot.shared) == str(shared_state())
+
+
+def test_only_the_parts_that_are_asked_for_are_read(store):
+    manifest = write(store, 1)
+    (store.root / FOLDER / "optimizer.safetensors").unlink()
+    snapshot = read(store, manifest, parts=["model", "loader_"])
+    assert list(snapshot.shared) == ["model"]
+    assert snapshot.own == {"loader_": {"order": [0]}}
+
+
+def test_the_manifest_names_every_tensor_with_its_type_and_shape(store):
+    manifest = write(store, 2)
+    there = {(one.file, one.key, one.dtype, one.shape) for one in manifest.tensors}
+    assert ("model.safetensors", "0.weight", "F32", (3, 2)) in there
+    assert ("optimizer.safetensors", "state.0.exp_avg", "F32", (3, 2)) in there
+    assert ("rank-00001.safetensors", "loader.order", "I64", (3,)) in there
+    for file in {one.file for one in manifest.tensors}:
+        keys = safetensors.torch.load_file(store.root / FOLDER / file).keys()
+        assert sorted(keys) == sorted(one.key for one in manifest.tensors if one.file == file)
+
+
+def test_every_file_of_this_rank_is_checked_before_it_is_used(store):
+    manifest = write(store, 1)
+    whole = store.root / "whole"
+    shutil.copytree(store.root / FOLDER, whole)
+    for file in manifest.files:
+        place = store.root / FOLDER / file.path
+        data = place.read_bytes()
+        for damaged in (data[:-1], data + b" ", data[:-1] + bytes([data[-1] ^ 1]), b""):
+            place.write_bytes(damaged)
+            with pytest.raises(DamagedCheckpoint, match=f"{FOLDER}/{file.path}"):
+                read(store, manifest)
+        place.unlink()
+        with pytest.raises(OSError, match=file.path):
+            read(store, manifest)
+        shutil.copy(whole / file.path, place)
+    assert str(read(store, manifest).shared) == str(shared_state())
+
+
+def test_a_file_of_another_checkpoint_in_its_place_is_found(store):
+    manifest = write(store, 1)
+    place = store.root / FOLDER / "model.safetensors"
+    safetensors.torch.save_file({"0.weight": torch.ones(3, 2)}, place)
+    with pytest.raises(DamagedCheckpoint, match=r"model\.safetensors"):
+        read(store, manifest)
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"model": 1},
+        {"model": {"file": 1, "prefix": "", "state": {}}},
+        {"model": {"file": "model.safetensors", "prefix": None, "state": {}}},
+        {"model": {"file": "model.safetensors", "prefix": "", "state": {"w": {"$tensor": "elsewhere"}}}},
+        {"model": {"file": "../other/model.safetensors", "prefix": "", "state": {"w": {"$tensor": "w"}}}},
+        {"model": {"file": "model.safetensors", "prefix": ""}},
+        [],
+    ],
+    ids=json.dumps,
+)
+def test_an_index_that_was_not_written_by_us_is_refused_by_name(store, told):
+    manifest = write(store, 1)
+    (store.root / FOLDER / "state.json").unlink()
+    data = json.dumps(told).encode()
+    with store.create(f"{FOLDER}/state.json") as sink:
+        sink.write(data)
+    entry = FileEntry("state.json", len(data), digest(data))
+    files = [entry if file.path == "state.json" else file for file in manifest.files]
+    with pytest.raises(DamagedCheckpoint, match="state.json"):
+        read(store, manifest_of([Written(tuple(files))]))
+
+
+def test_a_manifest_without_the_index_is_refused(store):
+    manifest = write(store, 1)
+    files = [file for file in manifest.files if file.path != "state.json"]
+    with pytest.raises(DamagedCheckpoint, match=f"{FOLDER}/state.json is not in the manifest"):
+        read(store, manifest_of([Written(tuple(files))]))
+
+
+def test_a_value_that_cannot_be_stored_is_named_with_its_part(store):
+    store.make_folder(FOLDER)
+    with pytest.raises(TypeError, match=r"^extra\.inner\.0 is a builtins.object"):
+        FORMAT.write(Snapshot({"extra": {"inner": [object()]}}), store, FOLDER, 0)
