@@ -5,8 +5,9 @@ from __future__ import annotations
 from distckpt.errors import NewerVersion
 from distckpt.formats import Format
 from distckpt.formats.full import FORMAT as FULL
+from distckpt.formats.pth import FORMAT as PTH
 
-_FORMATS: dict[str, Format] = {FULL.name: FULL}
+_FORMATS: dict[str, Format] = {format.name: format for format in (FULL, PTH)}
 
 
 def get_format(name: str) -> Format:
