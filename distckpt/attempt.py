@@ -52,8 +52,12 @@ class Attempt:
     holder: Holder
 
     @classmethod
-    def start(cls, store: Store, holder: Holder) -> Attempt:
+    def start(cls, store: Store, holder: Holder, *, continues: str | None = None) -> Attempt:
         """The directory is this process's. Leader only.
+
+        Args:
+            continues: the run that this start goes on with. Where the directory holds another one, this is a new run,
+                as it is with ``""``: what the other left is not its own. None goes on with whatever is there.
 
         Raises:
             DirectoryInUse: where another live process holds it that is not of the same job.
@@ -61,7 +65,8 @@ class Attempt:
         """
         state = _read_state(store)
         _refuse_live_holder(store, state, holder)
-        run = state["run"] if state else secrets.token_hex(8)
+        held = state["run"] if state else continues
+        run = held if held and continues in (None, held) else secrets.token_hex(8)
         number = max([*_numbers(store), state["attempt"] if state else 0]) + 1
         mark = strict_json.dump({"run": run, "attempt": number, "holder": asdict(holder)})
         try:

@@ -56,6 +56,7 @@ class Run:
         format: how new checkpoints are written. ``get_format`` finds the one of an old checkpoint by its name.
         on_event: called on the leader with one record for each event, from the writer's thread.
         timeout: how long a rank waits for another before it gives it up, and training for a save to end.
+        continues: see `Attempt.start`; the leader's is taken.
 
     Raises:
         DirectoryInUse: on all ranks, where another live process holds the directory.
@@ -72,6 +73,7 @@ class Run:
         keeping: Keeping,
         timeout: timedelta,
         on_event: Callable[[Mapping[str, object]], None] | None = None,
+        continues: str | None = None,
     ) -> None:
         self.store = store
         self.ranks = ranks
@@ -80,7 +82,7 @@ class Run:
         self._get_format = get_format
         self._keeping = keeping
         self._on_event = on_event
-        self.catalog = self._claim()
+        self.catalog = self._claim(continues)
         self.requests = Requests(ranks.fork("requests"), timeout)
         self._writer_ranks = ranks.fork("writer")
         self._writer = Writer("distckpt-writer", exit_seconds=timeout.total_seconds())
@@ -237,11 +239,11 @@ class Run:
         if self._on_event is not None:
             self._on_event(told)
 
-    def _claim(self) -> Catalog | None:
+    def _claim(self, continues: str | None) -> Catalog | None:
         claimed: list[Attempt] = []
 
         def start() -> list[object]:
-            claimed.append(Attempt.start(self.store, Holder.here()))
+            claimed.append(Attempt.start(self.store, Holder.here(), continues=continues))
             return [claimed[0].run, claimed[0].number]
 
         _, number = from_leader(self.ranks, f"claim of {self.store.url}", start)
