@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict, defaultdict
+from collections import defaultdict, deque
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 
@@ -42,29 +42,44 @@ class Stager:
             return self._copy_tensor(value, path, copies)
         if isinstance(value, dict):
             copied = {key: self._copy(one, f"{path}.{key}", copies) for key, one in value.items()}
-            return copied if type(value) in (dict, OrderedDict, defaultdict) else _like(value, copied)
-        if type(value) in (list, tuple):
-            return type(value)(self._copy(one, f"{path}.{nth}", copies) for nth, one in enumerate(value))
+            return copied if type(value) in (dict, defaultdict) else _like(value, copied)
+        if type(value) in (list, tuple, deque):
+            listed = [self._copy(one, f"{path}.{nth}", copies) for nth, one in enumerate(value)]
+            return deque(listed, value.maxlen) if isinstance(value, deque) else type(value)(listed)
         return copy.deepcopy(value)
 
     def _copy_tensor(self, tensor: Tensor, path: str, copies: dict[tuple[Any, ...], Tensor]) -> Tensor:
+        if nn.parameter.is_lazy(tensor):
+            raise TypeError(f"{path} cannot be saved: it has no shape yet; run the model once before")
         tensor = tensor.detach()
         if isinstance(tensor, DTensor):
             raise TypeError(
                 f"{path} is sharded over ranks (a DTensor), which the full format cannot hold: gather it in "
                 "state_dict() (e.g. StateDictOptions(full_state_dict=True)) or leave it out"
             )
-        if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized:
-            raise TypeError(f"{path} cannot be saved: it is a {tensor.layout} tensor on {tensor.device}")
-        identity = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device, tensor.is_conj())
+        if not _has_plain_memory(tensor):
+            kind = f"{type(tensor).__name__} of {tensor.dtype}, {tensor.layout}"
+            raise TypeError(f"{path} cannot be saved: it is a {kind}, on {tensor.device}")
+        identity = (
+            *(tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device),
+            *(tensor.is_conj(), tensor.is_neg()),
+        )
         if identity in copies and tensor.numel():
             return copies[identity]
-        host = self._memory.get(path)
+        # pop: another tensor's place may be spelled the same, as in {"a": {"b": x}, "a.b": y}
+        host = self._memory.pop(path, None)
         if host is None or host.shape != tensor.shape or host.dtype != tensor.dtype:
             host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
         host.copy_(tensor)
         self._used[path] = copies[identity] = host
         return host
+
+
+def _has_plain_memory(tensor: Tensor) -> bool:
+    """Not so where values lie in several tensors (sparse, quantized, subclasses that wrap others) or nowhere."""
+    if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized:
+        return False
+    return tensor.numel() == 0 or tensor.data_ptr() != 0
 
 
 def _like(value: dict[Any, Any], copied: dict[Any, Any]) -> Any:

@@ -44,7 +44,7 @@ def decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     """
     try:
         return _decode(value, tensors)
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:  # what torch raises for a wrong shape too
+    except (LookupError, TypeError, AttributeError, OverflowError, RuntimeError) as error:  # torch's among them
         raise ValueError(f"this is no state of ours ({type(error).__name__}: {error})") from error
 
 
@@ -144,7 +144,7 @@ _CONTAINERS: dict[type, tuple[str, Callable[[Any], Any], Callable[[list[Any]], A
     torch.Size: ("$size", list, _size),
     set: ("$set", lambda value: sorted(value, key=repr), set),
     frozenset: ("$frozenset", lambda value: sorted(value, key=repr), frozenset),
-    deque: ("$deque", list, deque),
+    deque: ("$deque", lambda value: [value.maxlen, list(value)], lambda told: deque(told[1], told[0])),
 }
 
 _PUT_TOGETHER: dict[str, Callable[[Any], Any]] = {

@@ -47,7 +47,9 @@ def spelled(value: Any) -> Any:
         return [type(value).__name__, [[spelled(key), spelled(one)] for key, one in value.items()]]
     if isinstance(value, (set, frozenset)):
         return [type(value).__name__, sorted(map(repr, map(spelled, value)))]
-    if isinstance(value, (list, tuple, deque)):
+    if isinstance(value, deque):
+        return ["deque", value.maxlen, spelled(list(value))]
+    if isinstance(value, (list, tuple)):
         return [type(value).__name__, [spelled(one) for one in value]]
     return [type(value).__name__, repr(value)]
 
@@ -83,7 +85,8 @@ leaves = st.one_of(
 def grown(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     dicts = st.dictionaries(keys, inner, max_size=4)
     lists = st.lists(inner, max_size=3)
-    return st.one_of(dicts, dicts.map(OrderedDict), lists, lists.map(tuple), lists.map(deque))
+    deques = st.builds(deque, lists, st.one_of(st.none(), st.integers(0, 4)))
+    return st.one_of(dicts, dicts.map(OrderedDict), lists, lists.map(tuple), deques)
 
 
 @settings(max_examples=300, deadline=None)
@@ -192,6 +195,11 @@ def test_a_value_that_needs_a_pickle_is_refused_by_its_place(value):
         {"$dict": [[[], 1]]},
         {"$dict": {"ab": 1}},
         {"$ordered": 3},
+        {"$deque": []},
+        {"$deque": [None, 3]},
+        {"$deque": ["a", [1]]},
+        {"$deque": [-1, [1]]},
+        {"$deque": [2**70, [1]]},
         {"$counter": ["a"]},
         {"$float": "much"},
         {"$float": 3},
