@@ -114,10 +114,10 @@ class Manifest:
             tensors = take(fields, "tensors", list, what)
             return cls(
                 **common,
-                files=tuple(FileEntry.from_fields(one, what) for one in files),
+                files=_files(files, what),
                 tensors=tuple(TensorEntry.from_fields(one, what) for one in tensors),
                 seconds=_numbers(take(fields, "seconds", dict, what), what),
-                environment={key: str(value) for key, value in take(fields, "environment", dict, what).items()},
+                environment=_words(take(fields, "environment", dict, what), what),
                 read_with=take(fields, "read_with", str, what),
             )
         except (ValueError, TypeError) as error:
@@ -170,15 +170,18 @@ class Record:
         """The record in ``data``; raises as `Manifest.from_json` does."""
         try:
             fields = strict_json.load(data, what)
-            _refuse_newer(fields, what)
             own = fields.pop("self_xxh3_128", None)
+            if own is None:
+                _refuse_newer(fields, what)  # it may prove itself in another way
             if own != digest(strict_json.dump(fields)):
+                # Before the version is looked at: a flipped bit in it would stop a resume that should pass this over.
                 raise ValueError(f"{what} is damaged: its own digest does not match")
+            _refuse_newer(fields, what)
             return cls(
                 **_common(fields, what),
                 name=take(fields, "name", str, what),
-                total_bytes=take(fields, "total_bytes", int, what),
-                content_bytes=take(fields, "content_bytes", int, what),
+                total_bytes=_count(fields, "total_bytes", what),
+                content_bytes=_count(fields, "content_bytes", what),
                 content_xxh3_128=take(fields, "content_xxh3_128", str, what),
             )
         except (ValueError, TypeError) as error:
@@ -195,7 +198,7 @@ def _common(fields: dict[str, Any], what: str) -> dict[str, Any]:
         "reasons": tuple(reasons),
         "metrics": _numbers(take(fields, "metrics", dict, what), what),
         **{key: take(fields, key, str, what) for key in ("format", "created", "run")},
-        **{key: take(fields, key, int, what) for key in ("world_size", "attempt", "serial", "version")},
+        **{key: _count(fields, key, what) for key in ("world_size", "attempt", "serial", "version")},
     }
 
 
@@ -203,6 +206,24 @@ def _exactly(fields: Any, kinds: Mapping[str, type], what: str) -> dict[str, Any
     if type(fields) is not dict or fields.keys() != kinds.keys():
         raise ValueError(f"{what}: {ascii(fields)[:80]} should have exactly {', '.join(kinds)}")
     return {key: take(fields, key, kind, what) for key, kind in kinds.items()}
+
+
+def _files(told: list[Any], what: str) -> tuple[FileEntry, ...]:
+    files = {entry.path: entry for entry in (FileEntry.from_fields(one, what) for one in told)}
+    if len(files) != len(told):
+        raise ValueError(f"{what}: a file stands twice in {', '.join(files)[:200]}")
+    return tuple(files.values())
+
+
+def _count(fields: Mapping[str, Any], key: str, what: str) -> int:
+    value = take(fields, key, int, what)
+    if value < 0:
+        raise ValueError(f"{what}: {key!r} cannot be {value}")
+    return value
+
+
+def _words(fields: dict[str, Any], what: str) -> dict[str, str]:
+    return {key: take(fields, key, str, what) for key in fields}
 
 
 def _numbers(fields: dict[str, Any], what: str) -> dict[str, float]:
