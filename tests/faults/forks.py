@@ -5,6 +5,7 @@ As a script it is that process: one order per line comes in, one child is forked
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -22,8 +23,8 @@ from typing import Any
 import shim
 from shim import Fault, Kind
 
-# No child does more than a few saves of a few kilobytes: one that is still there after this hangs.
-PATIENCE_SECONDS = 30
+# No child does more than a few saves of a few kilobytes, unless it says so: one that is still there then hangs.
+PATIENCE_SECONDS = 20
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,12 @@ class Forks:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "LD_PRELOAD": str(library), "OMP_NUM_THREADS": "1"},
+            env={
+                **os.environ,
+                "LD_PRELOAD": str(library),
+                "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": os.pathsep.join(sys.path),  # it imports what the tests import
+            },
         )
 
     def __enter__(self) -> Forks:
@@ -64,12 +70,13 @@ class Forks:
 
     def run(
         self,
-        work: Callable[..., None],
+        work: Callable[..., object],
         root: Path,
         *,
         fault: Fault | None = None,
         kinds: Kind = Kind.CHANGES,
         trace: Path | None = None,
+        patience_seconds: int = PATIENCE_SECONDS,
         **arguments: Any,
     ) -> Outcome:
         """``work(root, **arguments)`` in a child, with ``fault`` among its calls below ``root``."""
@@ -79,6 +86,7 @@ class Forks:
             "fault": asdict(fault) if fault else None,
             "kinds": int(kinds),
             "trace": str(trace) if trace else None,
+            "patience_seconds": patience_seconds,
             "arguments": arguments,
         }
         assert self._server.stdin and self._server.stdout
@@ -89,6 +97,7 @@ class Forks:
 def _serve(modules: list[str]) -> None:
     for module in modules:
         importlib.import_module(module)
+    gc.freeze()  # what is never collected is never written to, and so never copied for a child
     answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
         order = json.loads(line)
@@ -106,7 +115,7 @@ def _serve(modules: list[str]) -> None:
 def _obey(order: dict[str, Any], said: int, complained: int) -> None:
     code = 1
     try:
-        signal.alarm(PATIENCE_SECONDS)
+        signal.alarm(order["patience_seconds"])
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(said, 1)
         os.dup2(complained, 2)

@@ -11,33 +11,20 @@ one change; across folders it is two.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from math import prod
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
+from disk_tree import Tree, grow, without_identity
 from shim import Call
 
 Model = Literal["posix", "ordered"]
 
 # So many states of one moment are enumerated whole; of more, each unsure thing alone is there or missing.
 _WHOLE = 64
-
-
-class File(NamedTuple):
-    content: bytes
-    identity: int  # equal for two names of one file
-
-
-class Link(NamedTuple):
-    text: str
-
-
-# Everything below a root: a folder is None.
-Tree = dict[str, File | Link | None]
 
 
 @dataclass(frozen=True)
@@ -101,6 +88,13 @@ class Disk:
         self.inodes[inode] = identity
         return identity
 
+    def doubt(self, path: str) -> None:
+        """The name ``path`` is there, but was not made durable by whoever made it."""
+        folder, _, name = path.rpartition("/")
+        parent = self._find(folder or ".")
+        assert parent is not None, f"{folder} is not there"
+        self.changes.append(Change(parent, {name: self.kept[parent].pop(name)}))
+
     def apply(self, call: Call) -> None:
         """The call happened.
 
@@ -146,7 +140,7 @@ class Disk:
 
     def tree(self) -> Tree:
         """What programs see."""
-        return _tree(self.folders, self.contents, self.links)
+        return grow(self.folders, self.contents, self.links)
 
     def _find(self, path: str) -> int | None:
         here: int | None = 0
@@ -199,9 +193,10 @@ class Disk:
         while left:
             folder = left.pop()
             changed = [change.names.values() for change in self.changes if change.folder == folder]
-            for identity in {*self.kept.get(folder, {}).values()}.union(*changed) - {None} - reached:
-                reached.add(identity)
-                left.append(identity)
+            for identity in {*self.kept.get(folder, {}).values()}.union(*changed) - reached:
+                if identity is not None:
+                    reached.add(identity)
+                    left.append(identity)
         self.changes = [change for change in self.changes if change.folder in reached]
         self.written = {identity: span for identity, span in self.written.items() if identity in reached}
 
@@ -213,7 +208,7 @@ class Disk:
             for change, is_there in zip(self.changes, there, strict=True):
                 if is_there:
                     _set(folders[change.folder], change.names)
-            yield _tree(folders, {**self.durable, **contents}, self.links)
+            yield grow(folders, {**self.durable, **contents}, self.links)
 
     def _variants(self, identity: int) -> list[bytes]:
         """All of the bytes, none of them, zeros, torn, and, where nothing keeps order, there from the middle on."""
@@ -238,42 +233,22 @@ class Disk:
             yield there, _pick(dirty, chosen[len(self.changes) :])
 
 
-def cuts(start: Disk, calls: Iterable[Call]) -> list[PowerCut]:
-    """Every state in which a power cut may leave the disk, at every moment of the trace; each state once."""
+def cuts(start: Disk, calls: Sequence[Call], *, since: int = 0) -> list[PowerCut]:
+    """Every state in which a power cut may leave the disk, after each of the calls from ``since`` on; each once.
+
+    ``start`` is as the calls leave it afterwards.
+    """
     seen: dict[object, PowerCut] = {}
     told, after = "", "the start"
-    for call in calls:
+    for nth, call in enumerate(calls):
         start.apply(call)
         if call.name == "note":
             told = call.path
         else:
             after = f"call {call.number}, {call}"
-        for tree in start.after_power_cut():
+        for tree in start.after_power_cut() if nth >= since else ():
             seen.setdefault((told, _key(tree)), PowerCut(after, told, tree))
     return list(seen.values())
-
-
-def build(tree: Tree, root: Path) -> None:
-    """The tree is below ``root``, which is there and empty."""
-    names: dict[int, Path] = {}
-    for path, entry in tree.items():
-        place = root / path
-        match entry:
-            case None:
-                place.mkdir()
-            case Link(text):
-                place.symlink_to(text)
-            case File(content, identity):
-                if identity in names:
-                    os.link(names[identity], place)
-                else:
-                    place.write_bytes(content)
-                    names[identity] = place
-
-
-def without_identity(tree: Tree) -> dict[str, object]:
-    """What two trees have to have in common to be equal for a reader."""
-    return {path: entry.content if isinstance(entry, File) else entry for path, entry in tree.items()}
 
 
 def _key(tree: Tree) -> object:
@@ -303,21 +278,3 @@ def _set(folder: dict[str, int], names: dict[str, int | None]) -> None:
             folder.pop(name, None)
         else:
             folder[name] = identity
-
-
-def _tree(folders: dict[int, dict[str, int]], contents: dict[int, bytes | bytearray], links: dict[int, str]) -> Tree:
-    tree: Tree = {}
-
-    def walk(identity: int, prefix: str) -> None:
-        for name, inside in sorted(folders[identity].items()):
-            path = prefix + name
-            if inside in folders:
-                tree[path] = None
-                walk(inside, path + "/")
-            elif inside in links:
-                tree[path] = Link(links[inside])
-            else:
-                tree[path] = File(bytes(contents[inside]), inside)
-
-    walk(0, "")
-    return tree

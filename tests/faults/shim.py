@@ -72,7 +72,8 @@ def build(folder: Path) -> Path:
     if compiler is None:
         raise RuntimeError("the fault tests need a C compiler named cc on the PATH (Debian: apt-get install gcc)")
     target = folder / "shim.so"
-    command = [compiler, "-shared", "-fPIC", "-O2", "-Wall", "-Wextra", "-o", target, SOURCE, "-ldl", "-lpthread"]
+    flags = ["-shared", "-fPIC", "-O2", "-Wall", "-Wextra"]
+    command = [compiler, *flags, "-o", str(target), str(SOURCE), "-ldl", "-lpthread"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{compiler} cannot build {SOURCE.name}:\n{done.stderr}")

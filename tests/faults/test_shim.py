@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import shim
+from disk_tree import without_identity
 from forks import Forks
-from power import Disk, without_identity
+from power import Disk
 from shim import Action, Fault, Kind
 from touches import put, put_beside, read, report_errors, touch_in_every_way
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import errno
-import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
 import power
 import pytest
 import shim
+from disk_tree import build
 from forks import Forks
 from power import Disk, Model
 from shim import Action, Call, Fault
@@ -49,7 +49,7 @@ def judge_cuts(found: list[power.PowerCut], folder: Path) -> Verdict:
     folder.mkdir()
     for number, cut in enumerate(found):
         (root := folder / str(number)).mkdir()
-        power.build(cut.tree, root)
+        build(cut.tree, root)
         said = cut.told.split()
         verdict.add(look(root / "run"), int(said[1]) if said[:1] == ["acknowledged"] else 1)
     return verdict
@@ -80,10 +80,7 @@ def fail_each_fsync(forks: Forks, folder: Path, broken: str | None) -> Verdict:
     _, calls = trace_of(forks, folder / "trace", broken)
     for number in [call.number for call in calls if call.name == "fsync"]:
         start, failing = trace_of(forks, folder / str(number), broken, Fault(number, Action.FAIL, errno.EIO))
-        last = len(failing) - 1
-        for call in itertools.islice(failing, last):
-            start.apply(call)
-        one = judge_cuts(power.cuts(start, failing[last:]), folder / f"cuts-{number}")
+        one = judge_cuts(power.cuts(start, failing, since=len(failing) - 1), folder / f"cuts-{number}")
         verdict = Verdict(verdict.points + one.points, verdict.lost + one.lost, verdict.broken + one.broken)
     return verdict
 

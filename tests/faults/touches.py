@@ -31,7 +31,7 @@ def report_errors(root: Path) -> None:
     try:
         put(root)
     except OSError as error:
-        shim.say(f"{errno.errorcode[error.errno]} {error.filename}")
+        shim.say(f"{errno.errorcode[error.errno or 0]} {error.filename}")
 
 
 def touch_in_every_way(root: Path) -> None:
