@@ -10,6 +10,7 @@ from distckpt import layout
 from distckpt.catalog import read_record
 from distckpt.errors import DamagedCheckpoint, NoCheckpoint
 from distckpt.formats import Format, Snapshot
+from distckpt.formats.pth import read_pth
 from distckpt.formats.safetensors_file import read_tensors
 from distckpt.manifest import Manifest
 from distckpt.ranks import Solo
@@ -41,8 +42,6 @@ def read_modules(source: str, modules: Parts, get_format: Callable[[str], Format
         raise NoCheckpoint(f"init_from: {source} is neither a checkpoint nor a file")
     if len(names) != 1:
         raise ValueError(f"init_from: {source} is one file, and state has {len(names)} modules: {', '.join(names)}")
-    from distckpt.formats.pth import read_pth
-
     store = LocalStore(path.parent)
     weights: Any = read_tensors(store, path.name) if path.suffix == ".safetensors" else _weights(read_pth(path))
     return Snapshot(shared={names[0]: weights})
