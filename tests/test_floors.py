@@ -10,26 +10,36 @@ import pytest
 GROUND = {"errors"}
 WORDS = {"layout", "progress", "strict_json"}
 RECORDS = {"manifest"}
-POLICIES = {"schedule", "best", "retention", "words"}
+POLICIES = {"schedule", "best", "retention", "contest", "words"}
 CONTRACTS = {"ranks", "stores", "formats"}
 FLOWS = {
     *("attempt", "agreeing", "catalog", "saving", "restoring", "writer", "run"),
-    *("judging", "keeping", "triggers"),
+    *("judging", "keeping", "linked_keeping", "pointer", "triggers"),
 }
 HANDS_WITHOUT_TORCH = {"stores.local", "ranks.board"}
 HANDS = {
     *HANDS_WITHOUT_TORCH,
     *("formats.full", "formats.known", "formats.pth", "formats.safetensors_file", "formats.tree"),
-    *("ranks.process_group", "buffers", "environment", "matching", "rng", "snapshot", "state"),
+    *(
+        "ranks.process_group",
+        "buffers",
+        "environment",
+        "matching",
+        "message_hub",
+        "rng",
+        "runner_state",
+        "snapshot",
+        "state",
+    ),
 }
-INITIALISING = {"initialising"}
-CHECKPOINTER = {"checkpointer"}
+INTRODUCED = {"initialising", "publishing", "hook_words"}
+RUNS = {"checkpointer", "runner_run"}
 HOOK = {"hook"}
 DOORS = {"testing"}
 
 FLOORS = [
     *([GROUND], [WORDS], [RECORDS], [POLICIES], [CONTRACTS], [FLOWS, HANDS]),
-    *([INITIALISING], [CHECKPOINTER], [HOOK], [DOORS]),
+    *([INTRODUCED], [RUNS], [HOOK], [DOORS]),
 ]
 NAMED = [name for floor in FLOORS for room in floor for name in room]
 
