@@ -1,0 +1,101 @@
+import inspect
+import re
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import distckpt
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+QUICK_START, OWN_LOOP, PLAIN_READING, MMENGINE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+SHORT_START = QUICK_START.replace("10_000", "2_000")
+
+
+class Numbers:
+    """Batches of random numbers that know how many they were."""
+
+    def __init__(self) -> None:
+        self.drawn = 0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        self.drawn += 1
+        return torch.randn(4, 2)
+
+    def state_dict(self):
+        return {"drawn": self.drawn}
+
+    def load_state_dict(self, state):
+        self.drawn = state["drawn"]
+
+
+@pytest.fixture
+def names(tmp_path, monkeypatch):
+    """What the snippets take for granted."""
+    monkeypatch.chdir(tmp_path)
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+
+    def train_step(batch):
+        optimizer.zero_grad()
+        model(batch).square().mean().backward()
+        optimizer.step()
+
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
+
+    def evaluate():
+        return model.weight.square().sum().item()
+
+    state = dict(model=model, optimizer=optimizer, scheduler=scheduler, batches=Numbers())
+    return state | dict(train_step=train_step, evaluate=evaluate)
+
+
+def test_the_quick_start_trains_to_the_end_and_goes_on_from_there(names):
+    exec(SHORT_START, names)
+    assert names["batches"].drawn == 2000
+    assert Path("runs/gpt/best-val_loss").resolve().name == names["ckpt"].best.name
+    exec(QUICK_START.replace("10_000", "2_002"), names)
+    assert names["batches"].drawn == 2002
+
+
+def test_a_loop_of_ones_own_saves_by_epochs(names):
+    exec("import distckpt\nstate = dict(model=model, batches=batches)\n" + OWN_LOOP, names)
+    assert names["ckpt"].latest.progress == distckpt.progress.Progress(1000, 10)
+    assert names["batches"].drawn == 1000
+
+
+def test_what_was_saved_is_read_without_distckpt(names):
+    exec(SHORT_START, names)
+    trained = names["model"].weight.detach().clone()
+    nn.init.zeros_(names["model"].weight)
+    exec(PLAIN_READING, names)
+    assert torch.equal(names["model"].weight, trained)
+
+
+def test_mmengine_builds_the_hook_from_the_config():
+    from mmengine.registry import HOOKS
+
+    config = {}
+    exec(MMENGINE, config)
+    assert type(HOOKS.build(config["default_hooks"]["checkpoint"])) is distckpt.CheckpointHook
+
+
+def test_the_table_has_every_word_with_its_default():
+    rows = re.findall(r"^\| (`[a-z_`, ]+`) \| (`[^|]+`|15 minutes) \|", README, re.MULTILINE)
+    told = {word: default for words, default in rows for word in re.findall(r"[a-z_]+", words)}
+    signature = inspect.signature(distckpt.Checkpointer).parameters.values()
+    words = {word.name: word.default for word in signature if word.kind is word.KEYWORD_ONLY}
+    assert words.pop("timeout") == timedelta(minutes=15) and told.pop("timeout") == "15 minutes"
+    assert told == {word: "`" + repr(default).replace("'", '"') + "`" for word, default in words.items()}
+
+
+def test_every_file_that_is_named_is_there():
+    named = re.findall(r"\]\(([^):]+)\)", README) + re.findall(r"`((?:tests|scripts)/[\w./]+)`", README)
+    assert len(named) > 8
+    assert [path for path in named if not (ROOT / path).exists()] == []
