@@ -13,6 +13,7 @@ RUN = "run.json"
 EVENTS = "events.jsonl"
 LOCK = ".lock"
 LATEST = "latest"
+LAST_CHECKPOINT = "last_checkpoint"  # of MMEngine: one line, the path of the file to resume from
 
 # Control files: whoever makes one asks the run for something; it is removed when obeyed.
 SAVE = "SAVE"
@@ -94,6 +95,22 @@ def rank_tensors(rank: int) -> str:
 def best_label(metric: str) -> str:
     """The label of the best checkpoint by ``metric``: ``val/loss`` gives ``best-val_loss``."""
     return "best-" + re.sub(r"[^A-Za-z0-9._+=@-]", "_", metric)
+
+
+def best_file(metric: str, name: str) -> str:
+    """What the file ``name`` is also called when it is the best by ``metric``, as MMEngine does:
+    ``best_coco_bbox_mAP_epoch_3.pth``."""
+    return f"{best_prefix(metric)}{name}"
+
+
+def best_prefix(metric: str) -> str:
+    """How each `best_file` of ``metric`` begins."""
+    return "best_" + best_label(metric).removeprefix("best-") + "_"
+
+
+def published_file(name: str, sha256: str) -> str:
+    """The published form of the file ``name``, as ``torch.hub`` checks it: ``epoch_3-0a1b2c3d.pth``."""
+    return f"{name.rpartition('.')[0] or name}-{sha256[:8]}.pth"
 
 
 def is_safe(name: str) -> bool:
