@@ -38,9 +38,10 @@ def parse_mode(sync_buffers: object) -> Mode:
 def sync_buffers(modules: Iterable[nn.Module], mode: Mode, *, ranks: Ranks, timeout: timedelta) -> None:
     """Every rank has the same values in the persistent buffers of ``modules``. Collective.
 
-    Floating-point and complex buffers hold the mean over ranks (summed in float64, so that equal values stay what
-    they are), or with ``"broadcast"`` those of rank 0; integers and booleans hold those of rank 0. Costs one
-    all-reduce and one broadcast on the default process group; nothing where there is one process, or no buffer.
+    Floating-point and complex buffers hold the mean over ranks (summed in float64), or with ``"broadcast"`` those of
+    rank 0; integers and booleans hold those of rank 0. What was equal on all ranks stays what it is, bit for bit.
+    Costs one all-reduce and one broadcast on the default process group, and another all-reduce if there are 64-bit
+    floats; nothing where there is one process, or no buffer.
 
     Raises:
         RankFailure: on every rank that is alive, naming those that did not take part.
@@ -81,13 +82,31 @@ def _is_averaged(buffer: Tensor) -> bool:
 def _average(buffers: dict[str, Tensor], world_size: int, timeout: timedelta) -> None:
     real = {name: torch.view_as_real(one) if one.is_complex() else one for name, one in buffers.items()}
     flat = torch.cat([one.detach().reshape(-1).to(torch.float64) for one in real.values()])
+    unchanged = _where_equal([one for one in real.values() if one.dtype is torch.float64], timeout)
     _wait(dist.all_reduce(flat, async_op=True), timeout)
     flat /= world_size
     for one, mean in zip(real.values(), torch.split(flat, [one.numel() for one in real.values()]), strict=True):
-        one.copy_(mean.view(one.shape))
-    if not bool(torch.isfinite(flat).all()):
-        names = [name.split(".", 1)[1] for name, one in real.items() if not bool(torch.isfinite(one).all())]
+        mean = mean.view(one.shape)
+        one.copy_(torch.where(next(unchanged), one, mean) if one.dtype is torch.float64 else mean)
+    if bool(torch.isfinite(flat).all()):
+        return
+    if names := [name.split(".", 1)[1] for name, one in real.items() if not bool(torch.isfinite(one).all())]:
         _log.warning("after averaging over ranks these buffers are not finite: %s", ", ".join(names[:10]))
+
+
+def _where_equal(buffers: list[Tensor], timeout: timedelta) -> Iterator[Tensor]:
+    """For each of these float64 buffers, which of its elements have the same bits on all ranks.
+
+    The mean of three equal ones may be another number, as their sum is rounded; for shorter floats it is exact.
+    """
+    if not buffers:
+        return iter(())
+    bits = torch.cat([one.detach().reshape(-1) for one in buffers]).view(torch.int64)
+    extremes = torch.cat((bits, ~bits))  # ~ turns the order round, so that one maximum gives both
+    _wait(dist.all_reduce(extremes, op=dist.ReduceOp.MAX, async_op=True), timeout)
+    highest, lowest = extremes.chunk(2)
+    equal = torch.split(highest == ~lowest, [one.numel() for one in buffers])
+    return (one.view(buffer.shape) for one, buffer in zip(equal, buffers, strict=True))
 
 
 @torch.no_grad()
