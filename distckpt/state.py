@@ -60,12 +60,12 @@ class Parts:
                 part.consolidate_state_dict(0)
                 if not is_leader:
                     continue
-            captured[name] = _module_state(part) if isinstance(part, nn.Module) else part.state_dict()
+            captured[name] = _state_of(part)
         return captured
 
     def capture_own(self) -> dict[str, Any]:
         """The state of this rank's own parts and of its random number generators."""
-        return {**{name: part.state_dict() for name, part in self.own.items()}, RNG: rng.capture()}
+        return {**{name: _state_of(part) for name, part in self.own.items()}, RNG: rng.capture()}
 
 
 def canonical_keys(module: nn.Module, keys: Iterable[str]) -> dict[str, str]:
@@ -81,9 +81,11 @@ def canonical_keys(module: nn.Module, keys: Iterable[str]) -> dict[str, str]:
     return {key: _strip(key, wrappers) if wrappers else key for key in keys}
 
 
-def _module_state(module: nn.Module) -> dict[str, Any]:
-    state = module.state_dict()
-    names = canonical_keys(module, state)
+def _state_of(part: Any) -> Any:
+    state = part.state_dict()
+    if not isinstance(part, nn.Module):
+        return state
+    names = canonical_keys(part, state)
     return {names[key]: value for key, value in state.items()}
 
 
