@@ -170,7 +170,7 @@ class RunnerRun:
         """The newest file of this run that is no link."""
 
         def work() -> Json:
-            written = [record for record in self._mine() if not is_link(record)]
+            written = [record for record in self.run.own_records() if not is_link(record)]
             return written[-1].to_json().decode() if written else None
 
         told = from_leader(self.run.ranks, "look for the newest", work)
@@ -201,9 +201,6 @@ class RunnerRun:
                 *(self.out_dir, len(others), others[0], others[-1]),
             )
         return run
-
-    def _mine(self) -> list[Record]:
-        return [record for record in self._catalog.scan().records if record.run == self._catalog.attempt.run]
 
     def _take(self, runner: Any, progress: Progress, parts: Mapping[str, bool]) -> Snapshot:
         leads = is_leader(self.run.ranks)
@@ -236,7 +233,7 @@ class RunnerRun:
             return None
         try:
             self.contest.settle(reported)
-            verdict = self.contest.judge(reported, self._mine())
+            verdict = self.contest.judge(reported, self.run.own_records())
         except (KeyError, TypeError, ValueError) as error:
             return {"raised": type(error).__name__, "words": str(error.args[0] if error.args else error)}
         return {
@@ -258,7 +255,7 @@ class RunnerRun:
 
         self.contest.elsewhere = score_of
         standing: dict[str, Json] = {}
-        linked = links(self._mine())
+        linked = links(self.run.own_records())
         for metric in self.contest.metrics:
             there, here = remembered(metric), ranking(metric, linked)[:1]
             if here and (there is None or not metric.is_better(there[0], here[0].metrics[metric.name])):
