@@ -14,7 +14,7 @@ import secrets
 import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -27,6 +27,7 @@ _log = logging.getLogger("distckpt")
 
 _READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+_ANY = os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 _PIECE_BYTES = 16 * 1024 * 1024
 
 # Some network and FUSE mounts refuse these calls; every other error is an error.
@@ -42,6 +43,7 @@ class LocalStore:
         self.root = Path(root).absolute()
         self.url = str(root)
         self._locks: dict[str, int] = {}
+        self._has_warned = False
 
     def make_root(self) -> None:
         """The directory exists and can be written, its own name and its parents' durable.
@@ -79,10 +81,7 @@ class LocalStore:
         place = self._at(path)
         fd = os.open(place, _READ)
         try:
-            status = os.fstat(fd)
-            if not stat.S_ISREG(status.st_mode):
-                raise OSError(errno.EINVAL, "not a regular file", str(place))
-            yield _FileSource(fd, place, status.st_size)
+            yield _FileSource(fd, place, _regular(fd, place).st_size)
         finally:
             os.close(fd)
 
@@ -90,17 +89,19 @@ class LocalStore:
     def create(self, path: str) -> Iterator[_FileSink]:
         place = self._at(path)
         fd = os.open(place, _NEW, 0o666)
+        own = os.fstat(fd)
         is_open = True
         try:
             yield _FileSink(fd, place)
-            os.fsync(fd)
-            is_open = False
-            os.close(fd)
+            with _naming(place):
+                os.fsync(fd)
+                is_open = False
+                os.close(fd)
         except BaseException:
             # After a failed write or fsync the kernel may have dropped the bytes: the file is lost, never retried.
+            _remove(place, own)
             if is_open:
                 os.close(fd)
-            place.unlink(missing_ok=True)
             raise
 
     def put(self, path: str, data: bytes) -> None:
@@ -127,8 +128,9 @@ class LocalStore:
 
     def append(self, path: str, data: bytes) -> None:
         place = self._at(path)
-        fd = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        fd = os.open(place, _ANY | os.O_WRONLY | os.O_APPEND, 0o666)
         try:
+            _regular(fd, place)
             _FileSink(fd, place).write(data)
         finally:
             os.close(fd)
@@ -176,7 +178,9 @@ class LocalStore:
 
     def delete_folder(self, path: str) -> None:
         place = self._at(path)
-        if place.exists():
+        if place.is_symlink():
+            place.unlink(missing_ok=True)  # what it leads to is not ours
+        elif place.exists():
             shutil.rmtree(place)
 
     def exists(self, path: str) -> bool:
@@ -187,7 +191,7 @@ class LocalStore:
             return True
         # POSIX record locks: unlike flock they are not inherited by the forked workers of a data loader, which
         # would hold it on for a while after the trainer was killed.
-        fd = os.open(self._at(path), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        fd = os.open(self._at(path), _ANY | os.O_RDWR, 0o666)
         try:
             fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -242,11 +246,14 @@ class LocalStore:
     def _fsync_folder(self, folder: Path) -> None:
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            os.fsync(fd)
+            with _naming(folder):
+                os.fsync(fd)
         except OSError as error:
             if error.errno not in _NO_FSYNC_OF_FOLDERS:
                 raise
-            _log.warning("%s: this file system cannot make names durable (fsync of a directory: %s)", folder, error)
+            if not self._has_warned:
+                _log.warning("%s: this file system cannot make names durable: fsync says %s", self.url, error)
+            self._has_warned = True
         finally:
             os.close(fd)
 
@@ -259,10 +266,8 @@ class _FileSink:
     def write(self, data: Buffer) -> None:
         rest = memoryview(data).cast("B")
         while rest:
-            try:
+            with _naming(self._place):
                 written = os.write(self._fd, rest[:_PIECE_BYTES])
-            except OSError as error:
-                raise OSError(error.errno, os.strerror(error.errno or errno.EIO), str(self._place)) from error
             if written == 0:
                 raise OSError(errno.EIO, "nothing was written", str(self._place))
             rest = rest[written:]
@@ -277,7 +282,33 @@ class _FileSource:
     def read_into(self, target: Buffer) -> None:
         rest = memoryview(target).cast("B")
         while rest:
-            count = os.readv(self._fd, [rest[: 64 * _PIECE_BYTES]])
+            with _naming(self._place):
+                count = os.readv(self._fd, [rest[: 64 * _PIECE_BYTES]])
             if count == 0:
                 raise EOFError(f"{self._place} ends {len(rest)} bytes too early")
             rest = rest[count:]
+
+
+@contextmanager
+def _naming(place: Path) -> Iterator[None]:
+    """An error of a call that knows only a number of a file says which file it is."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(place)
+        raise
+
+
+def _regular(fd: int, place: Path) -> os.stat_result:
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(place))
+    return status
+
+
+def _remove(place: Path, own: os.stat_result) -> None:
+    """The file is gone, unless the name is another file's by now: one that a newer attempt has committed, perhaps."""
+    with suppress(OSError):  # what is left is no checkpoint, and the error that led here says more
+        if os.path.samestat(place.lstat(), own):
+            place.unlink()
