@@ -6,6 +6,7 @@ no checkpoint: it is being written, or was left by a save that did not end.
 
 from __future__ import annotations
 
+import errno
 import logging
 import secrets
 from collections.abc import Mapping
@@ -20,6 +21,9 @@ from distckpt.progress import Progress
 from distckpt.stores import Store
 
 _log = logging.getLogger("distckpt")
+
+# Not there, not a file, a link to somewhere else, larger than it can be, or bytes that the disk has lost.
+_LASTING = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.ELOOP, errno.ENXIO, errno.EFBIG, errno.EIO}
 
 
 @dataclass(frozen=True)
@@ -62,13 +66,16 @@ def read_record(store: Store, name: str) -> Record:
     Raises:
         FileNotFoundError: where it is not committed.
         DamagedCheckpoint, NewerVersion: where the record cannot be read.
+        OSError: where it cannot be read now, and may be later.
     """
     path = layout.record_of(name)
     try:
         record = Record.from_json(store.read(path), path)
     except FileNotFoundError:
         raise
-    except OSError as error:
+    except (OSError, EOFError) as error:
+        if is_passing(error):
+            raise
         raise DamagedCheckpoint(f"{path} cannot be read: {error}") from error
     if record.name != name:
         raise DamagedCheckpoint(f"{path} is the record of {ascii(record.name)[:80]}")
@@ -80,6 +87,7 @@ def read_manifest(store: Store, record: Record) -> Manifest:
 
     Raises:
         DamagedCheckpoint, NewerVersion: where it is not there, or not what was committed.
+        OSError: where it cannot be read now, and may be later.
     """
     if layout.StepName.parse(record.name) is None:
         file = FileEntry(record.name, record.content_bytes, record.content_xxh3_128)
@@ -88,10 +96,18 @@ def read_manifest(store: Store, record: Record) -> Manifest:
     try:
         data = store.read(path)
     except (OSError, EOFError) as error:
+        if is_passing(error):
+            raise
         raise DamagedCheckpoint(f"{path} cannot be read: {error}") from error
     if len(data) != record.content_bytes or digest(data) != record.content_xxh3_128:
         raise DamagedCheckpoint(f"{path} is not the one that was committed")
     return Manifest.from_json(data, path)
+
+
+def is_passing(error: OSError | EOFError) -> bool:
+    """Whether what could not be read now may be read later: such an error is no damage, and taking it for one would
+    send a run back to an older checkpoint, and later delete the newer."""
+    return isinstance(error, OSError) and error.errno not in _LASTING
 
 
 class Catalog:
@@ -207,6 +223,9 @@ class Catalog:
         for entry in entries:
             if layout.StepName.parse(entry) and layout.record_of(entry) not in entries and self._is_ours(entry):
                 left.append(entry)
+        if left:
+            # A record whose removal is not durable must not come back without its folder.
+            self.store.settle()
         for entry in left:
             if entry.startswith(layout.DRAFT_PREFIX):
                 self.store.delete(entry)
@@ -216,8 +235,8 @@ class Catalog:
 
     def _is_ours(self, folder: str) -> bool:
         inside = self.store.list(folder)
-        if not inside:
-            return True  # killed between the folder and its claim; a live save fails at its next step, and says so
+        if all(entry.startswith(layout.DRAFT_PREFIX) for entry in inside):
+            return True  # killed before it had its claim; a live save fails at its next step, and says so
         try:
             claim = strict_json.load(self.store.read(f"{folder}/{layout.CLAIM}"), layout.CLAIM)
         except (OSError, EOFError, ValueError):
@@ -230,6 +249,8 @@ class Catalog:
         if not folder.startswith(layout.TRASH_PREFIX):
             trash = f"{layout.TRASH_PREFIX}{folder}-{secrets.token_hex(4)}"
             self.store.move(folder, trash)
+            # Else a power cut could bring the old name back, with the claim gone that says whose it is.
+            self.store.settle()
         self.store.delete_folder(trash)
 
     def _replace_file(self, draft: Draft) -> None:

@@ -135,7 +135,7 @@ class Checkpointer:
 
         store = LocalStore(out_dir)
         ranks = detect(timeout)
-        self._judge = Judge(metrics, max_keep_best, ranks=ranks, records=lambda: self._run.own_records())
+        self._judge = Judge(metrics, max_keep_best, ranks=ranks, records=lambda: self._run.known_records())
         keeping = LabelledKeeping(kept, self._judge)
         from_leader(ranks, f"creation of {store.url}", store.make_root)
         self._run = Run(

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from distckpt import layout
-from distckpt.catalog import read_manifest, refuse_newer, scan
+from distckpt.catalog import is_passing, read_manifest, refuse_newer, scan
 from distckpt.errors import DamagedCheckpoint, NewerVersion, NoCheckpoint
 from distckpt.formats import Format, Snapshot
 from distckpt.manifest import Manifest, Record
@@ -123,6 +123,8 @@ class _Reader:
         except NewerVersion:
             raise
         except (DamagedCheckpoint, OSError, EOFError) as error:
+            if not isinstance(error, DamagedCheckpoint) and is_passing(error):
+                raise
             return f"{type(error).__name__}: {error}"
         self.restored = Restored(record, manifest, snapshot)
         return ""

@@ -89,6 +89,8 @@ class Run:
         self._saves = 0
         self._pending: tuple[int, Progress, Future[Record]] | None = None
         self._failure: DistckptError | None = None
+        self._damaged: set[str] = set()
+        self._known: list[Record] = []
         self.saved: Progress | None = None
         self.record: Record | None = None
         self.is_closed = False
@@ -195,7 +197,10 @@ class Run:
     def restore(self, *, name: str | None = None, parts: Collection[str] | None = None) -> Restored | None:
         """As `read_newest`, after the save in flight has ended."""
         self.settle()
-        return read_newest(self.ranks, store=self.store, get_format=self._get_format, parts=parts, name=name)
+        restored = read_newest(self.ranks, store=self.store, get_format=self._get_format, parts=parts, name=name)
+        if restored is not None:
+            self._damaged.update(restored.skipped)
+        return restored
 
     def close(self) -> None:
         """What was submitted has ended, and the directory is free. Safe to call twice.
@@ -216,10 +221,27 @@ class Run:
             self._guarded("end of the run", self.ranks.close)
 
     def own_records(self) -> list[Record]:
-        """The committed checkpoints of this run, from the oldest to the newest. Leader only; on others none."""
+        """The committed checkpoints of this run, from the oldest to the newest, without those that a resume found
+        damaged: they are neither deleted nor counted. Leader only; on other ranks none.
+
+        Raises:
+            OSError: where they cannot be listed now.
+        """
         if self.catalog is None:
             return []
-        return [record for record in self.catalog.scan().records if record.run == self.catalog.attempt.run]
+        run = self.catalog.attempt.run
+        self._known = [
+            record for record in self.catalog.scan().records if record.run == run and record.name not in self._damaged
+        ]
+        return self._known
+
+    def known_records(self) -> list[Record]:
+        """As `own_records`; where they cannot be listed now, with a warning, those that were the last time."""
+        try:
+            return self.own_records()
+        except OSError as error:
+            _log.warning("%s: its checkpoints cannot be listed now: %s", self.store.url, error)
+            return self._known
 
     def keep(self, catalog: Catalog) -> None:
         """What no rule keeps is gone, labels point where they should, left-overs are swept. In the leader's writer."""

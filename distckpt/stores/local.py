@@ -56,6 +56,7 @@ class LocalStore:
             missing.append(missing[-1].parent)
         if not missing[-1].is_dir():
             raise NotADirectoryError(errno.ENOTDIR, "not a directory, so no checkpoint can go there", str(missing[-1]))
+        self._settle_name_of(missing[-1])
         for folder in reversed(missing[:-1]):
             folder.mkdir(exist_ok=True)
             self._fsync_folder(folder.parent)
@@ -213,6 +214,13 @@ class LocalStore:
         status = os.statvfs(self.root)
         return status.f_bavail * status.f_frsize
 
+    def _settle_name_of(self, folder: Path) -> None:
+        """Whoever made the folder may not have made its name durable."""
+        try:
+            self._fsync_folder(folder.parent)
+        except PermissionError as error:
+            _log.debug("%s: its name cannot be made durable: %s", folder, error)
+
     def _at(self, path: str) -> Path:
         parts = PurePosixPath(path).parts
         if "\0" in path or ".." in parts or path.startswith("/"):
@@ -232,7 +240,11 @@ class LocalStore:
         try:
             yield draft
         finally:
-            draft.unlink(missing_ok=True)
+            try:
+                draft.unlink(missing_ok=True)
+            except OSError as error:
+                # What was to be published is, and a sweep takes drafts.
+                _log.warning("%s: a draft could not be removed: %s", draft, error)
 
     def _copy(self, source: str, target: Path) -> None:
         with self.open(source) as old, self.create(str(target.relative_to(self.root))) as new:
