@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from datetime import timedelta
 
 from distckpt import layout
@@ -10,6 +11,8 @@ from distckpt.progress import Progress
 from distckpt.ranks import is_leader
 from distckpt.run import Run
 from distckpt.schedule import Schedule
+
+_log = logging.getLogger("distckpt")
 
 _SAVE, _STOP = "save", "stop"
 _CONTROL_FILES = {layout.SAVE: Request(_SAVE, "asked"), layout.STOP: Request(_STOP, "stop")}
@@ -55,6 +58,13 @@ class Triggers:
         if self._control.is_over:
             self._control.restart()
             for name, request in _CONTROL_FILES.items():
-                if self._run.store.exists(name):
-                    self._run.store.delete(name)
+                if self._run.store.exists(name) and self._removes(name):
                     self._run.requests.ask(request)
+
+    def _removes(self, name: str) -> bool:
+        try:
+            self._run.store.delete(name)
+        except OSError as error:  # the leader's alone: raised here, it would leave the other ranks waiting
+            _log.warning("%s: %s is not obeyed, as it cannot be removed: %s", self._run.store.url, name, error)
+            return False
+        return True
