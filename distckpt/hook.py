@@ -20,7 +20,7 @@ from distckpt.ranks import from_leader
 from distckpt.ranks.process_group import detect
 from distckpt.retention import BEST
 from distckpt.runner_run import RunnerRun
-from distckpt.runner_state import optimizer_of, to_histories
+from distckpt.runner_state import is_built, optimizer_of, to_histories
 from distckpt.schedule import Schedule
 from distckpt.stores.local import LocalStore
 from distckpt.triggers import Triggers
@@ -289,7 +289,9 @@ class CheckpointHook:
 
     def _save(self, runner: Any, progress: Progress, reasons: tuple[str, ...], wins: Mapping[str, float]) -> None:
         opened, triggers = self._require_open()
-        if self.save_optimizer:
+        # A validation may come before the optimizer was built.
+        has_optimizer = reasons != (BEST,) or is_built(runner)
+        if self.save_optimizer and has_optimizer:
             optimizer_of(runner)  # the same on every rank, so each raises by itself
         # A best off the interval is resumed from only where there is something to resume from already.
         is_resumed_from = reasons != (BEST,) or message_hub.recall(runner, message_hub.LAST_CKPT) is not None
@@ -306,8 +308,8 @@ class CheckpointHook:
             name=self._name(progress),
             wins=wins,
             is_resumed_from=is_resumed_from,
-            save_optimizer=self.save_optimizer,
-            save_param_scheduler=self.save_param_scheduler,
+            save_optimizer=self.save_optimizer and has_optimizer,
+            save_param_scheduler=self.save_param_scheduler and has_optimizer,
         )
         triggers.restart()
 

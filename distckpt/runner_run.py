@@ -53,21 +53,25 @@ class RunnerRun:
         self._extras = extras
         self._stager = Stager()
         self._told_of_code = False
-        store, beside = LocalStore(out_dir), LocalStore(work_dir)
-        self._pointer = Pointer(beside)
+        self._errors = 0
+        self._pointer = Pointer(LocalStore(work_dir))
         ranks = detect(extras.timeout)
-        for place in (store, beside):
-            from_leader(ranks, f"creation of {place.url}", place.make_root)
-        self.run = Run(
-            store,
-            ranks=ranks,
-            format=FORMAT,
-            get_format=get_format,
-            keeping=LinkedKeeping(extras.keeping, contest, by_epoch=by_epoch, pointed=self._pointer.name),
-            timeout=extras.timeout,
-            continues=continues,
-        )
-        self.id: str = from_leader(ranks, "name of the run", self._introduce)
+        try:
+            for place in dict.fromkeys((out_dir, work_dir)):
+                from_leader(ranks, f"creation of {place}", LocalStore(place).make_root)
+            self.run = Run(
+                LocalStore(out_dir),
+                ranks=ranks,
+                format=FORMAT,
+                get_format=get_format,
+                keeping=LinkedKeeping(extras.keeping, contest, by_epoch=by_epoch, pointed=self._pointer.name),
+                timeout=extras.timeout,
+                continues=continues,
+            )
+            self.id: str = from_leader(ranks, "name of the run", self._introduce)
+        except DistckptError:
+            ranks.close()
+            raise
 
     @property
     def last(self) -> Record | None:
@@ -142,6 +146,8 @@ class RunnerRun:
         if told is None:
             return None
         if "raised" in told:
+            self._errors += 1
+            self.run.ranks.fork(f"error {self._errors}").close()  # the leader leaves last: who reads needs its store
             raise _RAISED[told["raised"]](told["words"])
         self.contest.asked = tuple(Metric(name, rule) for name, rule in told["metrics"])
         return Verdict(told["wins"], tuple(told["tops"]))

@@ -127,15 +127,23 @@ def optimizer_of(runner: Any) -> Any:
     Raises:
         TypeError: where the runner has nothing that could.
     """
-    found = getattr(runner, "optim_wrapper", None)
-    if found is None:
-        found = getattr(runner, "optimizer", None)
-    if not callable(getattr(found, "state_dict", None)):
+    found = _optimizer(runner)
+    if not is_built(runner):
         raise TypeError(
             "`optim_wrapper` of the runner should be an `OptimWrapper`, or an optimizer, with state_dict(), "
             f"but got {type(found)}; save_optimizer=False saves without it"
         )
     return found
+
+
+def is_built(runner: Any) -> bool:
+    """Whether the runner has an optimizer, and not only the plan of one."""
+    return callable(getattr(_optimizer(runner), "state_dict", None))
+
+
+def _optimizer(runner: Any) -> Any:
+    found = getattr(runner, "optim_wrapper", None)
+    return getattr(runner, "optimizer", None) if found is None else found
 
 
 def _meta(runner: Any, progress: Progress) -> dict[str, Any]:
