@@ -7,6 +7,7 @@ commit and before each deletion, and if there is one, writes nothing more.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import secrets
@@ -21,6 +22,9 @@ from distckpt.stores import Store
 from distckpt.strict_json import take
 
 _log = logging.getLogger("distckpt")
+
+# A pipe, a link, a directory or something huge in place of a file: it will not be one later.
+_NO_FILE = {errno.EINVAL, errno.ELOOP, errno.EISDIR, errno.EFBIG}
 
 
 @dataclass(frozen=True)
@@ -67,18 +71,16 @@ class Attempt:
         _refuse_live_holder(store, state, holder)
         held = state["run"] if state else continues
         run = held if held and continues in (None, held) else secrets.token_hex(8)
-        number = max([*_numbers(store), state["attempt"] if state else 0]) + 1
-        mark = strict_json.dump({"run": run, "attempt": number, "holder": asdict(holder)})
+        attempt = cls(store, run, max([*_numbers(store), state["attempt"] if state else 0]) + 1, holder)
         try:
-            store.publish(layout.attempt_file(number), mark)
-        except FileExistsError as error:
+            attempt._take_number()
+            attempt._write_state("running")
+            for old in _numbers(store):
+                if old < attempt.number:
+                    store.delete(layout.attempt_file(old))
+        except BaseException:
             store.release(layout.LOCK)
-            raise DirectoryInUse(f"{store.url}: another process started at the same moment; it goes on") from error
-        attempt = cls(store, run, number, holder)
-        attempt._write_state("running")
-        for old in _numbers(store):
-            if old < number:
-                store.delete(layout.attempt_file(old))
+            raise
         return attempt
 
     def check(self) -> None:
@@ -102,9 +104,24 @@ class Attempt:
             self._write_state("finished")
         self.store.release(layout.LOCK)
 
+    def _take_number(self) -> None:
+        mark = layout.attempt_file(self.number)
+        try:
+            self.store.publish(mark, self._told("running"))
+            # Where two others came in between, the second has removed the first one's mark, so that ours was free.
+            is_ours = max(_numbers(self.store), default=self.number) == self.number
+        except FileExistsError:
+            is_ours = False
+        if not is_ours:
+            raise DirectoryInUse(f"{self.store.url}: another process started at the same moment; it goes on")
+
     def _write_state(self, state: str) -> None:
-        fields = {"run": self.run, "attempt": self.number, "state": state, "holder": asdict(self.holder)}
-        self.store.put(layout.RUN, strict_json.dump(fields))
+        self.store.put(layout.RUN, self._told(state))
+
+    def _told(self, state: str) -> bytes:
+        return strict_json.dump(
+            {"run": self.run, "attempt": self.number, "state": state, "holder": asdict(self.holder)}
+        )
 
 
 def _refuse_live_holder(store: Store, state: dict[str, Any] | None, holder: Holder) -> None:
@@ -123,25 +140,39 @@ def _refuse_live_holder(store: Store, state: dict[str, Any] | None, holder: Hold
 
 
 def _read_state(store: Store) -> dict[str, Any] | None:
+    """What the newest attempt says of itself: in run.json or, where that is older or lost, in its own mark."""
+    state = _read_told(store, layout.RUN)
+    newest = max(_numbers(store), default=0)
+    if newest > (state["attempt"] if state else 0):
+        return _read_told(store, layout.attempt_file(newest)) or state
+    return state
+
+
+def _read_told(store: Store, path: str) -> dict[str, Any] | None:
     try:
-        fields = strict_json.load(store.read(layout.RUN), layout.RUN)
-        holder = take(fields, "holder", dict, layout.RUN)
+        fields = strict_json.load(store.read(path), path)
+        holder = take(fields, "holder", dict, path)
+        attempt = take(fields, "attempt", int, path)
+        if attempt < 1 or layout.parse_attempt(layout.attempt_file(attempt)) != attempt:
+            raise ValueError(f"{path}: there is no attempt {attempt}")
         return {
-            "run": take(fields, "run", str, layout.RUN),
-            "attempt": take(fields, "attempt", int, layout.RUN),
-            "state": take(fields, "state", str, layout.RUN),
+            "run": take(fields, "run", str, path),
+            "attempt": attempt,
+            "state": take(fields, "state", str, path),
             "holder": Holder(
-                host=take(holder, "host", str, layout.RUN),
-                pid=take(holder, "pid", int, layout.RUN),
-                since=take(holder, "since", str, layout.RUN),
-                job=take(holder, "job", str, layout.RUN),
+                host=take(holder, "host", str, path),
+                pid=take(holder, "pid", int, path),
+                since=take(holder, "since", str, path),
+                job=take(holder, "job", str, path),
             ),
         }
     except FileNotFoundError:
         return None
-    except ValueError as error:
-        # A run goes on without it: checkpoints have records of their own, and attempts their files.
-        _log.warning("%s: %s; it is written anew", store.url, error)
+    except (OSError, EOFError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno not in _NO_FILE:
+            raise
+        # A run goes on without it: checkpoints have records of their own, and the number is in the name of the mark.
+        _log.warning("%s: the run goes on without what %s said: %s", store.url, path, error)
         return None
 
 
