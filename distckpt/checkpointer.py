@@ -20,7 +20,7 @@ from distckpt.formats import Snapshot
 from distckpt.formats.full import FORMAT as FULL
 from distckpt.formats.known import get_format
 from distckpt.initialising import read_modules
-from distckpt.judging import Judge, Verdict
+from distckpt.judging import Judge
 from distckpt.keeping import LabelledKeeping
 from distckpt.manifest import Record
 from distckpt.matching import Matched, Selection, match
@@ -117,6 +117,8 @@ class Checkpointer:
             raise TypeError(f"out_dir should be the path of a directory, is {out_dir!r}")
         if "://" in os.fspath(out_dir):
             raise ValueError(f"out_dir should be a directory of a file system, {out_dir!r} is a URL")
+        if init_from is not None and not isinstance(init_from, (str, os.PathLike)):
+            raise TypeError(f"init_from should be the path of a checkpoint or of a file, is {init_from!r}")
         schedule = Schedule.parse(interval, begin=save_begin)
         self._save_last = save_last
         metrics = parse_metrics(save_best, rule, greater_keys, less_keys)
@@ -151,8 +153,11 @@ class Checkpointer:
         self._timeout = timeout
         self._environment = environment.describe()
         self._progress = Progress(0)
+        self._metrics: Mapping[str, float] = {}
+        # Of the step whose body runs in steps(), or was left: what was reported, and which saves were asked for.
+        self._is_in_step = self._is_left = False
         self._reported: dict[str, float | None] | None = None
-        self._is_in_step = False
+        self._asked: dict[str, bool] = {}
         self._triggers = Triggers(schedule, self._run, by_epoch=by_epoch)
         self._is_resumed = False
         self._holds_checkpoints = bool(from_leader(ranks, "look for checkpoints", lambda: bool(scan(store).records)))
@@ -189,16 +194,18 @@ class Checkpointer:
         selection = Selection.parse(only, exclude, rename)
         name = from_leader(self._ranks, "choice of a checkpoint", lambda: self._name_of(which))
         restored = self._run.restore(name=name)
-        self._is_resumed = True
         if restored is None:
             if self._init_from is not None:
                 self._initialise(self._init_from, selection, strict=strict)
+            self._is_resumed = True
             return self._progress.step
         record = restored.record
         is_same_world = record.world_size == self._ranks.world_size
         matched = self._match(self._parts, restored.snapshot, selection, strict=strict, is_same_world=is_same_world)
         together(self._ranks, f"load of {record.name}", matched.apply)
-        self._progress = record.progress
+        self._is_resumed = True
+        self._progress, self._metrics = record.progress, record.metrics
+        self._forget_step()
         self._run.record = record
         self._run.saved = record.progress if not matched.report.left and matched.report.is_whole else None
         self._triggers.restart()
@@ -216,23 +223,23 @@ class Checkpointer:
             SaveFailed: on all ranks at the same step, where a save failed since. Training may go on if it is caught.
         """
         self._require_ready()
-        self._progress = Progress(self._progress.step + 1, self._progress.epoch + epoch_ends)
-        self._is_in_step = False
-        reasons = self._triggers.due(self._progress, epoch_ends=epoch_ends)
-        verdict = Verdict({}, is_best=False)
-        if self._reported is not None:
-            reported, self._reported = self._reported, None
-            verdict = self._judged(reported)
-        if verdict.is_best:
+        self._progress, self._metrics = Progress(self._progress.step + 1, self._progress.epoch + epoch_ends), {}
+        reported, asked = self._reported, self._asked
+        self._forget_step()
+        reasons = [*self._triggers.due(self._progress, epoch_ends=epoch_ends), *asked]
+        if reported is not None and self._is_best(reported):
             reasons.append("best")
         if reasons:
-            self._save(tuple(dict.fromkeys(reasons)), verdict.metrics)
+            self._save(*dict.fromkeys(reasons))
+        if any(asked.values()):
+            self._run.settle()
         self._run.raise_failure()
 
     def steps(self, total: int) -> Iterator[int]:
         """The steps that are left until ``total`` are done, from 1: resumes, saves when due, closes at the end.
 
-        A step whose body raised, or was left with ``break``, does not count as done and is not saved.
+        A step whose body raised, or was left with ``break``, does not count as done and is not saved, not by `close`
+        either: what there is then is no state of a step.
         """
         if isinstance(total, bool) or not isinstance(total, int) or total < 0:
             raise ValueError(f"steps({total!r}): should be the number of steps to train for in all")
@@ -240,15 +247,19 @@ class Checkpointer:
             self.resume()
         while self._progress.step < total and not self._triggers.should_stop:
             self._is_in_step = True
-            yield self._progress.step + 1
+            try:
+                yield self._progress.step + 1
+            except GeneratorExit:
+                self._is_left = True
+                raise
             self.step()
         self.close()
 
     def report(self, metrics: Mapping[str, Any]) -> None:
         """These are the metrics of the step that runs (in `steps`), else of the last step that is done. Collective.
 
-        What is saved of that step is labelled with them. What is not saved, is now, if it is a new best. Rank 0's
-        values decide. NaN and infinities are never best.
+        What is saved of that step, now or later, is labelled with them. What is not saved, is now, if it is a new
+        best. Rank 0's values decide. NaN and infinities are never best.
 
         Raises:
             KeyError: where a metric of ``save_best`` is missing; the message names the nearest.
@@ -258,26 +269,33 @@ class Checkpointer:
         if not isinstance(metrics, Mapping) or not all(isinstance(key, str) for key in metrics):
             raise TypeError(f"report() takes a dict of names and numbers, got {metrics!r}")
         self._require_ready()
+        self._require_whole_step()
         numbers = self._judge.numbers(metrics)
         if self._is_in_step:
             self._reported = {**(self._reported or {}), **numbers}
             return
-        verdict = self._judged(numbers)
+        is_best = self._is_best(numbers)
         if self._run.saved == self._progress and self._run.record is not None:
-            self._run.relabel(self._run.record.with_metrics(verdict.metrics, ("best",) if verdict.is_best else ()))
-        elif verdict.is_best:
-            self._save(("best",), verdict.metrics)
+            self._run.relabel(self._run.record.with_metrics(self._metrics, ("best",) if is_best else ()))
+        elif is_best:
+            self._save("best")
         self._run.raise_failure()
 
     def save(self, reason: str = "asked", *, wait: bool = False) -> None:
         """What is done so far is being saved, or already was; with ``wait`` it is durable. Collective.
+
+        In the body of `steps` that is so when the body ends, for the step that runs.
 
         Raises:
             SaveFailed: on all ranks, where the save before it failed; with ``wait``, this one.
         """
         if not isinstance(reason, str) or not reason:
             raise TypeError(f"reason should be a word, is {reason!r}")
-        self._save((reason,), {})
+        self._require_whole_step()
+        if self._is_in_step:
+            self._asked[reason] = wait or self._asked.get(reason, False)
+            return
+        self._save(reason)
         if wait:
             self._run.settle()
 
@@ -297,8 +315,11 @@ class Checkpointer:
             SaveFailed: on all ranks, if the last save failed.
         """
         try:
-            if self._save_last and self._progress.step > 0 and not self._run.is_closed:
-                self._save(("last",), {})
+            if self._save_last and not self._run.is_closed:
+                if self._is_in_step:
+                    _log.warning("%s; it is not saved", self._left_words())
+                elif self._progress.step > 0:
+                    self._save("last")
         finally:
             self._run.close()
 
@@ -340,7 +361,18 @@ class Checkpointer:
                 "run a directory of its own"
             )
 
-    def _save(self, reasons: tuple[str, ...], metrics: Mapping[str, float]) -> None:
+    def _require_whole_step(self) -> None:
+        if self._is_left:
+            raise RuntimeError(f"{self._left_words()}: call step() if it is done after all, or resume()")
+
+    def _left_words(self) -> str:
+        return f"step {self._progress.step + 1} was left before its end, so what there is is no state of a step"
+
+    def _forget_step(self) -> None:
+        self._is_in_step = self._is_left = False
+        self._reported, self._asked = None, {}
+
+    def _save(self, *reasons: str) -> None:
         self._require_ready()
         if self._run.saved == self._progress:
             return
@@ -351,7 +383,7 @@ class Checkpointer:
         self._run.collect()
         sync_buffers(self._parts.modules.values(), self._buffers_mode, ranks=self._ranks, timeout=self._timeout)
         self._triggers.restart()
-        job = Job(self._progress, reasons, self._take, metrics=metrics, environment=self._environment)
+        job = Job(self._progress, reasons, self._take, metrics=self._metrics, environment=self._environment)
         self._run.save(job, began=began, wait=not self._async_save or self._triggers.should_stop)
 
     def _is_busy(self) -> bool:
@@ -363,9 +395,11 @@ class Checkpointer:
         staged = self._shared_stager.copy(shared) if is_leader(self._ranks) else {}
         return Snapshot(staged, self._own_stager.copy(self._parts.capture_own()))
 
-    def _judged(self, numbers: Mapping[str, float | None]) -> Verdict:
+    def _is_best(self, numbers: Mapping[str, float | None]) -> bool:
         self._run.collect()  # a save in flight may be the best so far, which its record will say
-        return self._judge.judge(numbers)
+        verdict = self._judge.judge(numbers)
+        self._metrics = {**self._metrics, **verdict.metrics}
+        return verdict.is_best
 
     def _name_of(self, which: str | int) -> str | None:
         if which == "latest":
@@ -375,7 +409,11 @@ class Checkpointer:
             if best is None:
                 raise NoCheckpoint(f"{self._run.store.url}: no checkpoint there has a metric of save_best")
             return best.name
-        return which if isinstance(which, str) else str(layout.StepName(which))
+        if isinstance(which, str):
+            return which
+        # Where the run was taken back there may be several of that step: the newest is meant.
+        of_step = [record.name for record in scan(self._run.store).records if record.progress.step == which]
+        return of_step[-1] if of_step else str(layout.StepName(which))
 
     def _best_of(self, records: Sequence[Record]) -> Record | None:
         ranked = ranking(self._judge.metrics[0], records) if self._judge.metrics else []
@@ -393,6 +431,8 @@ class Checkpointer:
         return matched[0]
 
     def _initialise(self, source: str, selection: Selection, *, strict: bool) -> None:
+        if not self._parts.modules:
+            raise ValueError("init_from: there is no module in state that could start from it")
         read: list[Snapshot] = []
         modules = Parts(self._parts.modules, per_rank=())
         together(self._ranks, f"read of {source}", lambda: read.append(read_modules(source, modules, get_format)))

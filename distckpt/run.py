@@ -126,13 +126,15 @@ class Run:
         return self.record if wait else None
 
     def settle(self, timeout: timedelta | None = None) -> Record | None:
-        """The save in flight has ended within ``timeout`` (of the run, if ``None``), and this is the last record.
+        """The save in flight has ended within ``timeout`` (of the run, if ``None``), and this is the last record. On
+        the leader its labels are on disk, too.
 
         Raises:
             SaveFailed: on all ranks, if it failed.
             TimeoutError: where it did not end in time; it goes on.
         """
         self.collect(timeout)
+        self._writer.wait((timeout or self.timeout).total_seconds())
         self.raise_failure()
         return self.record
 
@@ -236,7 +238,9 @@ class Run:
         return self._known
 
     def known_records(self) -> list[Record]:
-        """As `own_records`; where they cannot be listed now, with a warning, those that were the last time."""
+        """As `own_records`, with what `relabel` was last told; where they cannot be listed now, with a warning, those
+        that were the last time."""
+        self._writer.wait(self.timeout.total_seconds())
         try:
             return self.own_records()
         except OSError as error:
@@ -258,8 +262,12 @@ class Run:
         """One record of what happened, to the log of events and to ``on_event``. Leader only."""
         told = {"event": event, "time": round(time.time(), 3), **fields}
         self._guarded("events", lambda: self.store.append(layout.EVENTS, strict_json.dump(told) + b"\n"))
-        if self._on_event is not None:
+        if self._on_event is None:
+            return
+        try:
             self._on_event(told)
+        except Exception as error:  # the user's own, which must not cost what was saved
+            _log.warning("%s: on_event raised for %r: %s: %s", self.store.url, event, type(error).__name__, error)
 
     def _claim(self, continues: str | None) -> Catalog | None:
         claimed: list[Attempt] = []
