@@ -96,6 +96,6 @@ def test_the_table_has_every_word_with_its_default():
 
 
 def test_every_file_that_is_named_is_there():
-    named = re.findall(r"\]\(([^):]+)\)", README) + re.findall(r"`((?:tests|scripts)/[\w./]+)`", README)
+    named = re.findall(r"\]\(([^):]+)\)", README) + re.findall(r"`((?:tests|scripts|benchmarks)/[\w./]+)`", README)
     assert len(named) > 8
     assert [path for path in named if not (ROOT / path).exists()] == []
