@@ -109,8 +109,10 @@ class Checkpointer:
         _check_flags(by_epoch=by_epoch, save_last=save_last, async_save=async_save)
         _check_choice("format", format, ("auto", "full"))
         _check_choice("when_busy", when_busy, ("wait", "skip"))
-        if not isinstance(timeout, timedelta) or timeout <= timedelta(0):
-            raise TypeError(f"timeout should be a positive datetime.timedelta, is {timeout!r}")
+        if not isinstance(timeout, timedelta):
+            raise TypeError(f"timeout should be a datetime.timedelta, is {timeout!r}")
+        if timeout <= timedelta(0):
+            raise ValueError(f"timeout should be longer than zero, is {timeout}")
         if on_event is not None and not callable(on_event):
             raise TypeError(f"on_event should be a function of one dict, is {on_event!r}")
         if not isinstance(out_dir, (str, os.PathLike)) or not os.fspath(out_dir):
@@ -204,7 +206,7 @@ class Checkpointer:
         matched = self._match(self._parts, restored.snapshot, selection, strict=strict, is_same_world=is_same_world)
         together(self._ranks, f"load of {record.name}", matched.apply)
         self._is_resumed = True
-        self._progress, self._metrics = record.progress, record.metrics
+        self._progress, self._metrics = record.progress, {}
         self._forget_step()
         self._run.record = record
         self._run.saved = record.progress if not matched.report.left and matched.report.is_whole else None
