@@ -137,7 +137,7 @@ class Catalog:
             name = replace(name, take=name.take + 1)
         self.store.make_folder(str(name))
         claim = {"run": self.attempt.run, "attempt": self.attempt.number, "since": _now()}
-        self.store.put(f"{name}/{layout.CLAIM}", strict_json.dump(claim))
+        self.store.publish(f"{name}/{layout.CLAIM}", strict_json.dump(claim))
         return Draft(str(name), str(name), is_folder=True)
 
     def commit(self, draft: Draft, manifest: Manifest) -> Record:
@@ -148,13 +148,15 @@ class Catalog:
             OSError: where it could not be published. If the record is there all the same, only its durability is
                 unknown; it is left alone.
         """
+        self.attempt.check()
         self._serial += 1
         manifest = replace(
             manifest, run=self.attempt.run, attempt=self.attempt.number, serial=self._serial, created=_now()
         )
         if draft.is_folder:
             content = manifest.to_json()
-            self.store.put(f"{draft.path}/{layout.MANIFEST}", content)
+            # Replaces none: the name may be that of a checkpoint of a newer attempt by now, which has swept our folder.
+            self.store.publish(f"{draft.path}/{layout.MANIFEST}", content)
             self.store.settle(draft.path)
             self.store.settle()
             record = _record(draft.name, manifest, len(content), digest(content))
@@ -162,14 +164,19 @@ class Catalog:
         else:
             (file,) = manifest.files
             record = _record(draft.name, manifest, file.size_bytes, file.xxh3_128)
-            self.attempt.check()
             self._replace_file(draft)
         self.store.publish(layout.record_of(draft.name), record.to_json())
         return record
 
     def relabel(self, record: Record) -> None:
-        """The record on disk says what ``record`` says."""
+        """The record on disk says what ``record`` says, if it is still there.
+
+        Raises:
+            Superseded: where a newer attempt has taken over; nothing is changed then.
+        """
         self.attempt.check()
+        if not self.store.exists(layout.record_of(record.name)):
+            return  # deleted since by retention: a record without its folder would be a damaged checkpoint
         self.store.put(layout.record_of(record.name), record.to_json())
 
     def alias(self, record: Record, name: str, *, reasons: tuple[str, ...], metrics: Mapping[str, float]) -> Record:
@@ -188,7 +195,13 @@ class Catalog:
         return own
 
     def abandon(self, draft: Draft) -> None:
-        """What the draft holds is gone, unless it was committed after all."""
+        """What the draft holds is gone, unless it was committed after all.
+
+        Raises:
+            Superseded: where a newer attempt has taken over; the left-overs are for it to sweep, and the name may be
+                that of a save of its own.
+        """
+        self.attempt.check()
         if self.store.exists(layout.record_of(draft.name)) and draft.is_folder:
             return
         if draft.is_folder:
@@ -234,7 +247,10 @@ class Catalog:
         return left
 
     def _is_ours(self, folder: str) -> bool:
-        inside = self.store.list(folder)
+        try:
+            inside = self.store.list(folder)
+        except NotADirectoryError:
+            return False
         if all(entry.startswith(layout.DRAFT_PREFIX) for entry in inside):
             return True  # killed before it had its claim; a live save fails at its next step, and says so
         try:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from distckpt.catalog import Catalog, Draft
-from distckpt.errors import DistckptError, RankFailure, SaveFailed
+from distckpt.errors import DistckptError, RankFailure, SaveFailed, Superseded
 from distckpt.formats import Format, Snapshot, Written
 from distckpt.manifest import FileEntry, Manifest, Record, TensorEntry
 from distckpt.progress import Progress
@@ -136,7 +136,7 @@ def _to_written(told: Any) -> Written:
 def _abandon(catalog: Catalog, draft: Draft) -> None:
     try:
         catalog.abandon(draft)
-    except OSError as error:
+    except (OSError, Superseded) as error:
         # The disk may be full or gone; what is left is no checkpoint, and a later sweep takes it.
         _log.warning("%s: what the failed save left could not be removed: %s", draft.path, error)
 
