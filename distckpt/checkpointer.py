@@ -141,7 +141,7 @@ class Checkpointer:
         ranks = detect(timeout)
         self._judge = Judge(metrics, max_keep_best, ranks=ranks, records=lambda: self._run.known_records())
         keeping = LabelledKeeping(kept, self._judge)
-        from_leader(ranks, f"creation of {store.url}", store.make_root)
+        from_leader(ranks, "creation of the directory", store.make_root)
         self._run = Run(
             store,
             ranks=ranks,

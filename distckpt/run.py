@@ -276,8 +276,9 @@ class Run:
             claimed.append(Attempt.start(self.store, Holder.here(), continues=continues))
             return [claimed[0].run, claimed[0].number]
 
-        _, number = from_leader(self.ranks, f"claim of {self.store.url}", start)
-        together(self.ranks, f"look into {self.store.url}", lambda: self._see(layout.attempt_file(number)))
+        # Not named here: ranks that were given different ones would not understand one another.
+        _, number = from_leader(self.ranks, "claim of the directory", start)
+        together(self.ranks, "look into the directory", lambda: self._see(layout.attempt_file(number)))
         return Catalog(self.store, claimed[0]) if claimed else None
 
     def _see(self, name: str) -> None:

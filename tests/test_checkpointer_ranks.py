@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 from datetime import timedelta
@@ -10,9 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
-from distckpt import Checkpointer, RankFailure, SaveFailed
+from distckpt import Checkpointer, DistckptError, RankFailure, SaveFailed
+from distckpt.catalog import scan
+from distckpt.stores.local import LocalStore
 
 SOON = timedelta(seconds=10)
 
@@ -117,3 +121,99 @@ def test_a_rank_that_died_or_hangs_is_named_within_the_deadline(run_ranks, tmp_p
     for survivor in (told[0], told[2]):
         assert "rank 1" in survivor and "did not come within" in survivor
     assert not list((tmp_path / "run").glob("*.committed"))
+
+
+class Loader:
+    """A part that each rank has of its own."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+        self.captured_at: list[int] = []
+
+    def __iter__(self) -> Any:
+        return iter(())
+
+    def state_dict(self) -> dict[str, int]:
+        self.captured_at.append(self.at)
+        return {"at": self.at}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.at = state["at"]
+
+
+def report_differently(rank: int, out_dir: Path) -> None:
+    model, optimizer = build(rank)
+    state = {"model": model, "optimizer": optimizer, "loader": Loader(rank)}
+    losses = [[2.0, 9.0], [3.0, 1.0], [1.0, 5.0], [4.0, 0.0]]
+    ckpt = Checkpointer(out_dir, state, save_best="loss", max_keep_best=9, timeout=SOON)
+    for step in ckpt.steps(4):
+        train_step(model, optimizer)
+        ckpt.report({"loss": losses[step - 1][rank]})
+
+
+def resume_on_more(rank: int, out_dir: Path) -> list[Any]:
+    model, optimizer = build(rank)
+    loader = Loader(100 + rank)
+    told: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("distckpt").addHandler(handler)
+    logging.getLogger("distckpt").setLevel(logging.INFO)
+    state = {"model": model, "optimizer": optimizer, "loader": loader}
+    with Checkpointer(out_dir, state, save_last=False, timeout=SOON) as ckpt:
+        step = ckpt.resume()
+    weights = [float(one.double().sum()) for one in model.state_dict().values()]
+    return [step, loader.at, len(optimizer.state), weights, [line for line in told if "resumed" in line]]
+
+
+def test_rank_0s_metrics_decide_and_more_ranks_resume_with_what_was_shared(run_ranks, tmp_path):
+    run_ranks(2, report_differently, tmp_path / "run")
+    records = scan(LocalStore(tmp_path / "run")).records
+    assert [(one.progress.step, one.reasons, dict(one.metrics)) for one in records] == [
+        (1, ("best",), {"loss": 2.0}),
+        (2, ("best",), {"loss": 3.0}),
+        (3, ("best",), {"loss": 1.0}),
+        (4, ("best",), {"loss": 4.0}),
+    ]
+    told = run_ranks(4, resume_on_more, tmp_path / "run")
+    assert [one[:3] for one in told] == [[4, 100 + rank, 6] for rank in range(4)]
+    assert all(one[3] == told[0][3] for one in told)
+    assert told[0][4] == [
+        "resumed step-00000004 (step 4, epoch 0)  exact: model, optimizer  not exact: loader, rng of 2 ranks"
+    ]
+    assert [one[4] for one in told[1:]] == [[]] * 3, "the leader says it for all"
+
+
+def train_by_the_clock(rank: int, out_dir: Path) -> list[int]:
+    model, optimizer = build(rank)
+    loader = Loader(0)
+    state = {"model": model, "loader": loader}
+    with Checkpointer(out_dir, state, interval="0.05s", save_last=False, timeout=SOON) as ckpt:
+        for _ in range(2000):
+            loader.at += 1
+            train_step(model, optimizer)
+            ckpt.step()
+            if len(loader.captured_at) == 3:
+                break
+    return loader.captured_at
+
+
+def test_a_save_by_the_clock_is_made_at_the_same_step_on_all_ranks(run_ranks, tmp_path):
+    first, second, third = run_ranks(3, train_by_the_clock, tmp_path / "run")
+    assert len(first) == 3 and first == second == third
+    assert [one.progress.step for one in scan(LocalStore(tmp_path / "run")).records] == first
+
+
+def see_another_directory(rank: int, out_dir: Path) -> str:
+    try:
+        Checkpointer(out_dir / str(rank % 2), {"loader": Loader(0)}, timeout=timedelta(seconds=2))
+    except DistckptError as error:
+        dist.barrier()  # the store through which ranks agree ends with rank 0's process
+        return str(error)
+    return "nothing was raised"
+
+
+def test_a_directory_that_a_rank_does_not_see_is_an_error_on_all(run_ranks, tmp_path):
+    told = run_ranks(3, see_another_directory, tmp_path, seconds=20)
+    assert len(set(told)) == 1
+    assert "rank 1: " in told[0] and "is not the directory that rank 0 writes to" in told[0] and "rank 2" not in told[0]
