@@ -7,7 +7,6 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
-from distckpt.best import AutoMetric
 from distckpt.catalog import Catalog
 from distckpt.contest import Contest, is_link, links
 from distckpt.manifest import Record
@@ -61,8 +60,6 @@ class LinkedKeeping:
     def _beaten(self, linked: Sequence[Record]) -> list[Record]:
         """The links that are no longer among the best. Those by a metric that nobody asks for (any more, or yet) are
         not judged."""
-        if isinstance(self._contest.asked, AutoMetric):
-            return []
         beaten = []
         for metric in self._contest.metrics:
             mine = [record for record in linked if metric.name in record.metrics]

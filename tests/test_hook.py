@@ -311,6 +311,13 @@ def test_a_resumed_training_is_the_one_that_was_not_interrupted(tmp_path):
         assert torch.equal(resumed.model.state_dict()[key], value)
 
 
+def test_a_training_that_was_resumed_at_its_end_writes_nothing(tmp_path):
+    train(tmp_path, interval=1)
+    before = (tmp_path / "epoch_3.pth").stat().st_mtime_ns
+    go_on(tmp_path, interval=1)
+    assert (tmp_path / "epoch_3.pth").stat().st_mtime_ns == before
+
+
 def test_optimizer_and_schedulers_may_be_left_out(tmp_path):
     train(tmp_path, save_optimizer=False, save_param_scheduler=False)
     assert list(held(tmp_path / "epoch_3.pth")) == ["meta", "state_dict", "message_hub"]
@@ -392,6 +399,16 @@ def test_a_runner_without_a_hub_is_served(tmp_path):
     assert files(tmp_path) == ["best_acc_epoch_2.pth", "epoch_3.pth"]
 
 
+def test_it_remembers_the_best_without_one_too(tmp_path):
+    words: dict[str, Any] = {"interval": 1, "save_best": "acc", "max_keep_ckpts": 1}
+    for epochs, report in ((1, 0.9), (2, 0.5)):
+        loop = Loop(tmp_path, CheckpointHook(**words), epochs=epochs)
+        loop.message_hub = None
+        loop.epoch, loop.iter = epochs - 1, 2 * (epochs - 1)
+        loop.train([report] * epochs)
+    assert files(tmp_path) == ["best_acc_epoch_1.pth", "epoch_2.pth"]
+
+
 def test_the_hub_in_each_file_tells_of_that_file(tmp_path):
     train(tmp_path, interval=1, max_keep_ckpts=2)
     told = info(tmp_path / "epoch_3.pth")
@@ -416,6 +433,12 @@ def test_without_a_limit_all_are_kept(tmp_path, limit):
 def test_the_last_does_not_count_and_the_best_neither(tmp_path):
     train(tmp_path, [0.1, 0.2, 0.9, 0.3, 0.4], epochs=5, interval=2, save_best="acc", max_keep_ckpts=2)
     assert files(tmp_path) == ["best_acc_epoch_3.pth", "epoch_2.pth", "epoch_3.pth", "epoch_4.pth", "epoch_5.pth"]
+    assert info(tmp_path / "epoch_5.pth")["keep_ckpt_ids"] == [2, 4]
+
+
+def test_what_was_saved_for_being_the_best_goes_when_it_is_not_any_more(tmp_path):
+    train(tmp_path, [0.1, 0.2, 0.3, 0.4, 0.5], epochs=5, interval=4, save_best="acc", max_keep_ckpts=2)
+    assert files(tmp_path) == ["best_acc_epoch_5.pth", "epoch_4.pth", "epoch_5.pth"]
 
 
 def test_a_best_outlives_the_periodic_file_that_it_was(tmp_path):
@@ -438,8 +461,8 @@ def test_the_rules_of_ours_keep_more(tmp_path):
 def test_a_budget_counts_the_bytes_of_a_best_and_its_link_once(tmp_path):
     train(tmp_path / "one", epochs=1)
     size = (tmp_path / "one" / "epoch_1.pth").stat().st_size
-    train(tmp_path / "all", [0.9, 0.1, 0.2, 0.3], epochs=4, interval=1, save_best="acc", keep_bytes=int(size * 3.5))
-    assert files(tmp_path / "all") == ["best_acc_epoch_1.pth", "epoch_3.pth", "epoch_4.pth"]
+    train(tmp_path / "all", [0.1, 0.2, 0.3, 0.9], epochs=4, interval=1, save_best="acc", keep_bytes=int(size * 2.5))
+    assert files(tmp_path / "all") == ["best_acc_epoch_4.pth", "epoch_3.pth", "epoch_4.pth"]
 
 
 def test_several_best_are_kept_if_asked_for(tmp_path):
@@ -554,8 +577,9 @@ def test_a_best_before_the_first_periodic_file_moves_no_last_checkpoint(tmp_path
 
 
 def test_a_best_after_it_does(tmp_path):
-    Loop(tmp_path, CheckpointHook(interval=2, save_best="acc")).go_on([0.5, 0.6, 0.7], until=3)
+    Loop(tmp_path, CheckpointHook(interval=2, save_best="acc"), epochs=9).go_on([0.5, 0.6, 0.7], until=3)
     assert (tmp_path / "last_checkpoint").read_text() == str(tmp_path / "epoch_3.pth")
+    assert info(tmp_path / "epoch_3.pth")["last_ckpt"] == str(tmp_path / "epoch_3.pth")
 
 
 def test_a_training_that_ends_at_a_best_has_it_as_its_last(tmp_path):
@@ -703,23 +727,25 @@ def test_a_best_of_stock_mmengine_holds_and_is_not_deleted(tmp_path):
     loop.epoch, loop.iter = 4, 8
     loop.hook.before_train(loop)
     assert loop.hook.best_ckpt_path == str(tmp_path / "best_acc_epoch_4.pth")
-    loop.train([0, 0, 0, 0, 0.7, 0.9])
+    loop.go_on([0, 0, 0, 0, 0.7], until=5)
+    assert best(tmp_path) == []
+    loop.train([0, 0, 0, 0, 0, 0.9])
     assert best(tmp_path) == ["best_acc_epoch_6.pth"]
     assert (tmp_path / "best_acc_epoch_4.pth").read_bytes() == b"of stock MMEngine"
 
 
 def test_a_score_whose_file_is_gone_does_not_block_a_new_best(tmp_path):
-    train(tmp_path, [0.9], epochs=1, interval=1, save_best="acc")
+    train(tmp_path, [0.9, 0.1], epochs=2, interval=1, save_best="acc")
     for path in tmp_path.glob("best_*"):
         path.unlink()
-    go_on(tmp_path, [0, 0.5], epochs=2, interval=1, save_best="acc")
-    assert best(tmp_path) == ["best_acc_epoch_2.pth"]
+    go_on(tmp_path, [0, 0, 0.5], epochs=3, interval=1, save_best="acc")
+    assert best(tmp_path) == ["best_acc_epoch_3.pth"]
 
 
 def test_another_metric_is_not_judged_by_the_score_of_the_first(tmp_path):
-    train(tmp_path, [0.9], epochs=1, interval=1, save_best="acc")
-    go_on(tmp_path, [0, {"mIoU": 0.4}], epochs=2, interval=1, save_best="mIoU")
-    assert best(tmp_path) == ["best_acc_epoch_1.pth", "best_mIoU_epoch_2.pth"]
+    train(tmp_path, [0.9, 0.1], epochs=2, interval=1, save_best="acc")
+    go_on(tmp_path, [0, 0, {"mIoU": 0.4}], epochs=3, interval=1, save_best="mIoU")
+    assert best(tmp_path) == ["best_acc_epoch_1.pth", "best_mIoU_epoch_3.pth"]
 
 
 def test_one_metric_and_then_two_remember_the_first(tmp_path):
