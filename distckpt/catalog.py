@@ -216,12 +216,16 @@ class Catalog:
             Superseded: where a newer attempt has taken over; nothing is deleted then.
         """
         self.attempt.check()
-        self.store.delete(layout.record_of(record.name))
-        self.store.settle()
         if layout.StepName.parse(record.name) is not None:
+            self.store.delete(layout.record_of(record.name))
+            self.store.settle()
             self._discard(record.name)
         else:
-            self.store.delete(record.name)
+            # A file has no claim in it: until it is gone, its record in the trash says that it was ours.
+            trash = f"{layout.TRASH_PREFIX}{layout.record_of(record.name)}"
+            self.store.move(layout.record_of(record.name), trash)
+            self.store.settle()
+            self._finish(trash, record.name)
 
     def sweep(self) -> list[str]:
         """What saves that did not end have left is gone, and was so much. Only between saves, and only what this run
@@ -242,6 +246,8 @@ class Catalog:
         for entry in left:
             if entry.startswith(layout.DRAFT_PREFIX):
                 self.store.delete(entry)
+            elif (name := layout.recorded_by(entry.removeprefix(layout.TRASH_PREFIX))) is not None:
+                self._finish(entry, name)
             else:
                 self._discard(entry)
         return left
@@ -268,6 +274,12 @@ class Catalog:
             # Else a power cut could bring the old name back, with the claim gone that says whose it is.
             self.store.settle()
         self.store.delete_folder(trash)
+
+    def _finish(self, trash: str, name: str) -> None:
+        if not self.store.exists(layout.record_of(name)):  # else it was saved again since
+            self.store.delete(name)
+            self.store.settle()
+        self.store.delete(trash)
 
     def _replace_file(self, draft: Draft) -> None:
         self._forget(draft.name)
