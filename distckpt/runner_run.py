@@ -199,6 +199,7 @@ class RunnerRun:
 
     def _introduce(self) -> str:
         run = self._catalog.attempt.run
+        self._sweep_links()
         others = [record.name for record in self._catalog.scan().records if record.run != run]
         if others:
             _log.warning(
@@ -207,6 +208,16 @@ class RunnerRun:
                 *(self.out_dir, len(others), others[0], others[-1]),
             )
         return run
+
+    def _sweep_links(self) -> None:
+        """Links without a record, which a killed process left beside the file that they share, are gone."""
+        store = self.run.store
+        entries = store.list()
+        for record in self.run.own_records():
+            for entry in entries:
+                is_loose = entry.startswith("best_") and layout.record_of(entry) not in entries
+                if is_loose and entry.endswith(record.name) and _is_one_file(self.path(entry), self.path(record.name)):
+                    store.delete(entry)
 
     def _take(self, runner: Any, progress: Progress, parts: Mapping[str, bool]) -> Snapshot:
         leads = is_leader(self.run.ranks)
@@ -279,6 +290,10 @@ class RunnerRun:
         if self.run.store.exists(name):
             return score, self.path(name)
         return best if "://" in path or os.path.exists(path) else None  # noqa: PTH110
+
+
+def _is_one_file(path: str, other: str) -> bool:
+    return os.path.exists(other) and os.path.samefile(path, other)  # noqa: PTH110, PTH121
 
 
 def _raise(errors: Sequence[Exception]) -> None:

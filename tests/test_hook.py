@@ -9,6 +9,7 @@ import os
 import pickle
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -21,7 +22,10 @@ import torch
 from torch import nn
 
 from distckpt import CheckpointHook, DirectoryInUse, RankFailure, SaveFailed
+from distckpt.formats.pth import read_pth
 from distckpt.hook_words import OURS
+from distckpt.stores import local
+from distckpt.testing import FaultyStore
 
 
 class Hub:
@@ -104,7 +108,7 @@ def go_on(work_dir: Path, metrics: Sequence[Any] = (), *, epochs: int = 3, **wor
 
 def files(folder: Path) -> list[str]:
     """The checkpoints in ``folder``: files with a record."""
-    return sorted(path.name.removesuffix(".committed") for path in folder.glob("*.pth.committed"))
+    return sorted(path.name.removesuffix(".committed") for path in folder.glob("[!.]*.pth.committed"))
 
 
 def epochs(folder: Path) -> list[int]:
@@ -827,6 +831,70 @@ def test_a_published_file_is_never_a_half_one(tmp_path, monkeypatch):
     with pytest.raises(RankFailure, match="publishing failed.*No space left"):
         train(tmp_path, published_keys="meta")
     assert published(tmp_path) == [] and epochs(tmp_path) == [3]
+
+
+# Killed
+
+
+WORDS: dict[str, Any] = {"interval": 1, "save_best": "acc", "max_keep_ckpts": 1}
+CURVE = [0.5, 0.6, 0.9, 0.7]
+
+
+def go_on_and_die(folder: Path, at: int) -> bool:
+    """A process of its own goes on with the training in ``folder``; it is killed in place of its ``at``-th operation
+    on a file. Whether it was."""
+    child = os.fork()
+    if child == 0:
+        try:
+            count_down(at)
+            go_on(folder, CURVE, epochs=3, **WORDS)
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    return os.WIFSIGNALED(status)
+
+
+def count_down(at: int) -> None:
+    done = 0
+
+    def counted(real: Callable[..., Any]) -> Callable[..., Any]:
+        def operation(*args: Any, **named: Any) -> Any:
+            nonlocal done
+            done += 1
+            if done > at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args, **named)
+
+        return operation
+
+    for name in FaultyStore._CHANGING:
+        setattr(local.LocalStore, name, counted(getattr(local.LocalStore, name)))
+    local._FileSink.write = counted(local._FileSink.write)
+
+
+@pytest.mark.timeout(300)
+def test_killed_at_any_operation_it_resumes_and_loses_nothing(tmp_path):
+    train(tmp_path / "start", CURVE, epochs=2, **WORDS)
+    at, was_killed = 0, True
+    while was_killed:
+        folder = tmp_path / str(at)
+        shutil.copytree(tmp_path / "start", folder)
+        (folder / "last_checkpoint").write_text(str(folder / "epoch_2.pth"))
+        was_killed = go_on_and_die(folder, at)
+        pointed = Path((folder / "last_checkpoint").read_text())
+        assert held(pointed)["meta"]["epoch"] in (2, 3), at
+        assert best(folder), at
+        assert all(read_pth(folder / name) for name in files(folder)), at
+        was_known = "best_acc_epoch_3.pth" in best(folder)
+        go_on(folder, CURVE, epochs=4, **WORDS)
+        # A runner does not validate again what it resumes: what was killed before it told its metrics is not judged.
+        expected = "best_acc_epoch_3.pth" if was_known or pointed.name == "epoch_2.pth" else "best_acc_epoch_4.pth"
+        assert files(folder) == [expected, "epoch_4.pth"], at
+        assert sorted(path.name for path in folder.glob("*.pth")) == [expected, "epoch_4.pth"], at
+        assert not [*folder.glob(".draft-*"), *folder.glob(".trash-*")], at
+        shutil.rmtree(folder)
+        at += 1
+    assert at > 30
 
 
 # In the background
