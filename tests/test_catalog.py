@@ -191,7 +191,10 @@ def test_a_deletion_of_one_file_is_in_that_order_too(counted):
     record = save(catalog, 3, "last.pth")
     counted.operations.clear()
     catalog.delete(record)
-    assert counted.operations == ["delete last.pth.committed", "settle", "delete last.pth"]
+    trash = ".trash-last.pth.committed"
+    assert counted.operations == [
+        *("move last.pth.committed", "settle", "delete last.pth", "settle", f"delete {trash}"),
+    ]
     assert names(counted) == []
 
 
