@@ -934,3 +934,10 @@ def test_who_makes_a_file_called_stop_stops_the_training(tmp_path, monkeypatch):
 
 def test_every_word_of_ours_is_documented():
     assert all(word in (CheckpointHook.__doc__ or "") for word in OURS)
+
+
+def test_mmengine_is_used_where_it_is_and_never_imported():
+    root = Path(sys.modules["distckpt.hook"].__file__ or "").parent
+    sources = {path.name: path.read_text() for path in root.rglob("*.py")}
+    assert len(sources) > 40
+    assert [name for name, text in sources.items() if re.search(r"^\s*(import|from) mmengine", text, re.M)] == []
