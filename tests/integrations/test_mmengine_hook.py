@@ -230,18 +230,23 @@ def test_a_lost_last_checkpoint_is_found_again(case, pointer):
     build(case, epochs=2, interval=1).train()
     path = Path(case.temp_dir.name) / "last_checkpoint"
     path.write_text(pointer) if pointer else path.unlink()
+    resumed_from = Path(case.temp_dir.name) / "epoch_2.pth"
+    written = resumed_from.stat().st_mtime_ns
     runner = build(case, epochs=3, start=2, interval=1, resume=True)
     runner.train()
+    assert resumed_from.stat().st_mtime_ns == written, "trained again from the start"
     assert runner.iter == 12 and len(runner.message_hub.log_scalars["train/loss"].data[0]) == 12
 
 
-def test_a_moved_work_dir_resumes_where_it_is_now(case, tmp_path):
+def test_a_moved_work_dir_resumes_where_it_is_now(case, tmp_path, caplog):
     build(case, epochs=2, interval=1, save_best="val/acc", max_keep_ckpts=1).train()
     before = sorted(Path(case.temp_dir.name).iterdir())
     shutil.copytree(case.temp_dir.name, tmp_path / "copy")
     case.epoch_based_cfg.work_dir = str(tmp_path / "copy")
     runner = build(case, epochs=4, start=0, interval=1, save_best="val/acc", max_keep_ckpts=1, resume=True)
-    runner.train()
+    with caplog.at_level(logging.WARNING, "distckpt"):
+        runner.train()
+    assert f"now says {tmp_path / 'copy' / 'epoch_2.pth'}" in caplog.text, "not resumed from the original"
     assert runner.iter == 16
     assert files(runner) == ["best_val_acc_epoch_2.pth", "epoch_4.pth"]
     assert sorted(Path(case.temp_dir.name).iterdir()) == before
