@@ -11,22 +11,21 @@ from datetime import timedelta
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from distckpt import environment, layout
-from distckpt.best import parse_metrics, ranking
+from distckpt import environment
+from distckpt.best import Metric, parse_metrics
 from distckpt.buffers import parse_mode, sync_buffers
 from distckpt.catalog import scan
-from distckpt.errors import NoCheckpoint
 from distckpt.formats import Snapshot
 from distckpt.formats.full import FORMAT as FULL
 from distckpt.formats.known import get_format
-from distckpt.initialising import read_modules
 from distckpt.judging import Judge
 from distckpt.keeping import LabelledKeeping
 from distckpt.manifest import Record
-from distckpt.matching import Matched, Selection, match
+from distckpt.matching import Selection
 from distckpt.progress import Progress
-from distckpt.ranks import from_leader, is_leader, together
+from distckpt.ranks import from_leader, is_leader
 from distckpt.ranks.process_group import detect
+from distckpt.resuming import best_of, name_of, resume, start_from
 from distckpt.run import Run
 from distckpt.saving import Job
 from distckpt.schedule import Interval, Schedule
@@ -34,7 +33,7 @@ from distckpt.snapshot import Stager
 from distckpt.state import Parts
 from distckpt.stores.local import LocalStore
 from distckpt.triggers import Triggers
-from distckpt.words import refuse_unknown
+from distckpt.words import check_choice, check_flags, refuse_unknown
 
 _log = logging.getLogger("distckpt")
 
@@ -106,9 +105,9 @@ class Checkpointer:
         **unknown: object,
     ) -> None:
         refuse_unknown(unknown, inspect.signature(Checkpointer).parameters, "Checkpointer")
-        _check_flags(by_epoch=by_epoch, save_last=save_last, async_save=async_save)
-        _check_choice("format", format, ("auto", "full"))
-        _check_choice("when_busy", when_busy, ("wait", "skip"))
+        check_flags(by_epoch=by_epoch, save_last=save_last, async_save=async_save)
+        check_choice("format", format, ("auto", "full"))
+        check_choice("when_busy", when_busy, ("wait", "skip"))
         if not isinstance(timeout, timedelta):
             raise TypeError(f"timeout should be a datetime.timedelta, is {timeout!r}")
         if timeout <= timedelta(0):
@@ -194,26 +193,16 @@ class Checkpointer:
         if not isinstance(which, (str, int)) or isinstance(which, bool):
             raise TypeError(f'which should be "latest", "best", a step or a name, is {which!r}')
         selection = Selection.parse(only, exclude, rename)
-        name = from_leader(self._ranks, "choice of a checkpoint", lambda: self._name_of(which))
-        restored = self._run.restore(name=name)
-        if restored is None:
-            if self._init_from is not None:
-                self._initialise(self._init_from, selection, strict=strict)
-            self._is_resumed = True
-            return self._progress.step
-        record = restored.record
-        is_same_world = record.world_size == self._ranks.world_size
-        matched = self._match(self._parts, restored.snapshot, selection, strict=strict, is_same_world=is_same_world)
-        together(self._ranks, f"load of {record.name}", matched.apply)
+        name = from_leader(self._ranks, "choice of a checkpoint", lambda: name_of(which, *self._known()))
+        record = resume(self._run, self._parts, selection, name=name, strict=strict)
+        if record is not None:
+            self._progress, self._metrics = record.progress, {}
+            self._forget_step()
+            self._triggers.restart()
+        elif self._init_from is not None:
+            start_from(self._init_from, self._ranks, self._parts, selection, strict=strict)
         self._is_resumed = True
-        self._progress, self._metrics = record.progress, {}
-        self._forget_step()
-        self._run.record = record
-        self._run.saved = record.progress if not matched.report.left and matched.report.is_whole else None
-        self._triggers.restart()
-        if is_leader(self._ranks):
-            _log.info("%s", matched.exactness(record))
-        return record.progress.step
+        return self._progress.step
 
     def step(self, *, epoch_ends: bool = False) -> None:
         """One more training step is done; saves if that is due. Every rank, after each optimizer step.
@@ -350,7 +339,7 @@ class Checkpointer:
     @property
     def best(self) -> Record | None:
         """The best committed checkpoint by the first metric of ``save_best``. Not collective; one listing."""
-        return self._best_of(scan(self._run.store).records)
+        return best_of(*self._known())
 
     def _require_ready(self) -> None:
         if self._run.is_closed:
@@ -403,53 +392,5 @@ class Checkpointer:
         self._metrics = {**self._metrics, **verdict.metrics}
         return verdict.is_best
 
-    def _name_of(self, which: str | int) -> str | None:
-        if which == "latest":
-            return None
-        if which == "best":
-            best = self._best_of(scan(self._run.store).records)
-            if best is None:
-                raise NoCheckpoint(f"{self._run.store.url}: no checkpoint there has a metric of save_best")
-            return best.name
-        if isinstance(which, str):
-            return which
-        # Where the run was taken back there may be several of that step: the newest is meant.
-        of_step = [record.name for record in scan(self._run.store).records if record.progress.step == which]
-        return of_step[-1] if of_step else str(layout.StepName(which))
-
-    def _best_of(self, records: Sequence[Record]) -> Record | None:
-        ranked = ranking(self._judge.metrics[0], records) if self._judge.metrics else []
-        return ranked[0] if ranked else None
-
-    def _match(
-        self, parts: Parts, snapshot: Snapshot, selection: Selection, *, strict: bool, is_same_world: bool
-    ) -> Matched:
-        matched: list[Matched] = []
-
-        def lay_beside() -> None:
-            matched.append(match(parts, snapshot, selection, strict=strict, is_same_world=is_same_world))
-
-        together(self._ranks, "match of the checkpoint with the state", lay_beside)
-        return matched[0]
-
-    def _initialise(self, source: str, selection: Selection, *, strict: bool) -> None:
-        if not self._parts.modules:
-            raise ValueError("init_from: there is no module in state that could start from it")
-        read: list[Snapshot] = []
-        modules = Parts(self._parts.modules, per_rank=())
-        together(self._ranks, f"read of {source}", lambda: read.append(read_modules(source, modules, get_format)))
-        matched = self._match(modules, read[0], selection, strict=strict, is_same_world=False)
-        together(self._ranks, f"load of {source}", matched.apply)
-        if is_leader(self._ranks):
-            _log.info("started from %s: %s", source, matched.report)
-
-
-def _check_flags(**flags: object) -> None:
-    for word, value in flags.items():
-        if not isinstance(value, bool):
-            raise TypeError(f"{word} should be True or False, is {value!r}")
-
-
-def _check_choice(word: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{word} should be one of {', '.join(choices)}, is {value!r}")
+    def _known(self) -> tuple[list[Record], tuple[Metric, ...]]:
+        return scan(self._run.store).records, self._judge.metrics

@@ -24,7 +24,7 @@ from distckpt.runner_state import is_built, optimizer_of, to_histories
 from distckpt.schedule import Schedule
 from distckpt.stores.local import LocalStore
 from distckpt.triggers import Triggers
-from distckpt.words import refuse_unknown
+from distckpt.words import check_flags, refuse_unknown
 
 _log = logging.getLogger("distckpt")
 
@@ -92,7 +92,7 @@ class CheckpointHook:
             _log.warning('"file_client_args" will be deprecated in future. Please use "backend_args" instead')
             if backend_args is not None:
                 raise ValueError('"file_client_args" and "backend_args" cannot be set at the same time.')
-        hook_words.check_flags(
+        check_flags(
             by_epoch=by_epoch,
             save_optimizer=save_optimizer,
             save_param_scheduler=save_param_scheduler,

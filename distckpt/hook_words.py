@@ -15,6 +15,7 @@ from distckpt import layout
 from distckpt.buffers import Mode, parse_mode
 from distckpt.retention import Retention
 from distckpt.schedule import parse_duration
+from distckpt.words import check_flags
 
 # Words beyond the specification, with their defaults.
 OURS: Mapping[str, Any] = {
@@ -62,13 +63,6 @@ class Extras:
             max_keep_best=best,
             keeping=keeping,
         )
-
-
-def check_flags(**flags: object) -> None:
-    """Each is True or False; ``TypeError`` naming the one that is not."""
-    for word, value in flags.items():
-        if not isinstance(value, bool):
-            raise TypeError(f"{word} should be True or False, is {value!r}")
 
 
 def parse_template(filename_tmpl: object, *, by_epoch: bool) -> str:

@@ -1,4 +1,4 @@
-"""The policy words that distckpt does not have, and what they are called here."""
+"""The policy words: those of other libraries and what they are called here, and checks of the simple ones."""
 
 from __future__ import annotations
 
@@ -96,3 +96,16 @@ def _explain(word: str, known: list[str]) -> str:
         return f"{word}: {foreign.library}'s name; here there is none: {foreign.otherwise}"
     near = difflib.get_close_matches(word, known, 1)
     return f"{word}: no such word" + (f"; did you mean {near[0]}=?" if near else f"; there are {', '.join(known)}")
+
+
+def check_flags(**flags: object) -> None:
+    """Each is True or False; ``TypeError`` naming the one that is not."""
+    for word, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{word} should be True or False, is {value!r}")
+
+
+def check_choice(word: str, value: object, choices: tuple[str, ...]) -> None:
+    """``value`` is one of ``choices``; ``ValueError`` naming the word and them, if not."""
+    if value not in choices:
+        raise ValueError(f"{word} should be one of {', '.join(choices)}, is {value!r}")

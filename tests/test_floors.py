@@ -33,13 +33,14 @@ HANDS = {
     ),
 }
 INTRODUCED = {"initialising", "publishing", "hook_words"}
+RESUMING = {"resuming"}
 RUNS = {"checkpointer", "runner_run"}
 HOOK = {"hook"}
 DOORS = {"testing"}
 
 FLOORS = [
     *([GROUND], [WORDS], [RECORDS], [POLICIES], [CONTRACTS], [FLOWS, HANDS]),
-    *([INTRODUCED], [RUNS], [HOOK], [DOORS]),
+    *([INTRODUCED], [RESUMING], [RUNS], [HOOK], [DOORS]),
 ]
 NAMED = [name for floor in FLOORS for room in floor for name in room]
 

@@ -1,0 +1,104 @@
+"""One resume: which checkpoint it is, laid beside the state by every rank, and put in by all of them or by none."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from distckpt import layout
+from distckpt.best import Metric, ranking
+from distckpt.errors import NoCheckpoint
+from distckpt.formats import Snapshot
+from distckpt.formats.known import get_format
+from distckpt.initialising import read_modules
+from distckpt.manifest import Record
+from distckpt.matching import Matched, Selection, match
+from distckpt.ranks import Ranks, is_leader, together
+from distckpt.run import Run
+from distckpt.state import Parts
+
+_log = logging.getLogger("distckpt")
+
+
+def resume(run: Run, parts: Parts, selection: Selection, *, name: str | None, strict: bool) -> Record | None:
+    """``parts`` hold what the checkpoint ``name``, or the newest that verifies, does, and this is its record; ``None``
+    where nothing was ever committed. Collective. One log line says how exact it is.
+
+    Raises:
+        NoCheckpoint, NewerVersion, RankFailure: on all ranks, as in `distckpt.restoring.read_newest`.
+        StateMismatch: on all ranks, where it does not fit; nothing was changed then.
+    """
+    restored = run.restore(name=name)
+    if restored is None:
+        return None
+    record = restored.record
+    is_same_world = record.world_size == run.ranks.world_size
+    matched = _put_in(
+        run.ranks, parts, restored.snapshot, selection, record.name, strict=strict, is_same_world=is_same_world
+    )
+    run.record = record
+    run.saved = record.progress if not matched.report.left and matched.report.is_whole else None
+    if is_leader(run.ranks):
+        _log.info("%s", matched.exactness(record))
+    return record
+
+
+def start_from(source: str, ranks: Ranks, parts: Parts, selection: Selection, *, strict: bool) -> None:
+    """The modules of ``parts`` hold what those in ``source`` do. Collective.
+
+    Raises:
+        NoCheckpoint, DamagedCheckpoint, StateMismatch, RankFailure: on all ranks, as in `resume`.
+    """
+    if not parts.modules:
+        raise ValueError("init_from: there is no module in state that could start from it")
+    read: list[Snapshot] = []
+    modules = Parts(parts.modules, per_rank=())
+    together(ranks, f"read of {source}", lambda: read.append(read_modules(source, modules, get_format)))
+    matched = _put_in(ranks, modules, read[0], selection, source, strict=strict, is_same_world=False)
+    if is_leader(ranks):
+        _log.info("started from %s: %s", source, matched.report)
+
+
+def name_of(which: str | int, records: Sequence[Record], metrics: Sequence[Metric]) -> str | None:
+    """The name of the checkpoint that is meant; ``None`` for the newest.
+
+    Raises:
+        NoCheckpoint: where there is no best.
+    """
+    if which == "latest":
+        return None
+    if which == "best":
+        if (best := best_of(records, metrics)) is None:
+            raise NoCheckpoint("no checkpoint there has a metric of save_best")
+        return best.name
+    if isinstance(which, str):
+        return which
+    # Where the run was taken back there may be several of that step: the newest is meant.
+    of_step = [record.name for record in records if record.progress.step == which]
+    return of_step[-1] if of_step else str(layout.StepName(which))
+
+
+def best_of(records: Sequence[Record], metrics: Sequence[Metric]) -> Record | None:
+    """The best of ``records`` by the first of ``metrics``."""
+    ranked = ranking(metrics[0], records) if metrics else []
+    return ranked[0] if ranked else None
+
+
+def _put_in(
+    ranks: Ranks,
+    parts: Parts,
+    snapshot: Snapshot,
+    selection: Selection,
+    name: str,
+    *,
+    strict: bool,
+    is_same_world: bool,
+) -> Matched:
+    matched: list[Matched] = []
+
+    def lay_beside() -> None:
+        matched.append(match(parts, snapshot, selection, strict=strict, is_same_world=is_same_world))
+
+    together(ranks, f"match of {name} with the state", lay_beside)
+    together(ranks, f"load of {name}", matched[0].apply)
+    return matched[0]
