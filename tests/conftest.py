@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo  # DDP imports it: once here, and not in each forked rank
 import torch.distributed as dist
 
 # A forked child of a process whose OpenMP pool has started hangs in its first parallel region.
