@@ -257,6 +257,14 @@ def test_a_step_that_raised_is_not_saved(out_dir):
     assert resumed(out_dir) == (2, 2)
 
 
+def test_what_failed_between_two_steps_is_not_saved(out_dir):
+    ckpt, tally = start(out_dir, interval=2)
+    with pytest.raises(ZeroDivisionError), ckpt:
+        train(ckpt, tally, 3)
+        tally.count = 1 // 0
+    assert resumed(out_dir) == (2, 2)
+
+
 @pytest.mark.parametrize("wait", [False, True])
 def test_a_save_in_the_body_of_steps_is_of_the_whole_step(out_dir, wait):
     ckpt, tally = start(out_dir, save_last=False)
@@ -335,8 +343,8 @@ def test_what_was_reported_of_a_step_is_known_of_it_whatever_saves_it_later(out_
         train(ckpt, tally, 1)
         ckpt.report({"loss": 1.0})
         train(ckpt, tally, 1)
-        ckpt.report({"loss": 2.0})
-        ckpt.report({"speed": 7.0, "loss": 3.0})
+        ckpt.report({"loss": 2.0, "speed": 7.0})
+        ckpt.report({"loss": 3.0})
     assert {one.progress.step: dict(one.metrics) for one in records(out_dir)} == {
         1: {"loss": 1.0},
         2: {"loss": 3.0, "speed": 7.0},
@@ -390,15 +398,15 @@ def test_a_report_is_judged_by_the_one_before_it_even_while_that_is_being_writte
     relabel, wait = Catalog.relabel, Writer.wait
     monkeypatch.setattr(Catalog, "relabel", lambda *args: (gate.wait(5), relabel(*args))[1])
     monkeypatch.setattr(Writer, "wait", lambda *args: (gate.set(), wait(*args))[1])
-    ckpt, tally = start(out_dir, interval=1, save_best="loss", save_last=False)
+    ckpt, tally = start(out_dir, save_best="loss", save_last=False)
     with ckpt:
         train(ckpt, tally, 1)
+        ckpt.save(wait=True)
         ckpt.report({"loss": 1.0})
         gate.clear()
+        train(ckpt, tally, 1)
         ckpt.report({"loss": 2.0})
-        ckpt.wait()
-        assert saved(out_dir) == {1: ("interval", "best")}
-        assert records(out_dir)[0].metrics == {"loss": 2.0}
+    assert saved(out_dir) == {1: ("asked", "best")}
 
 
 @pytest.mark.parametrize("metrics", [3, None, [("loss", 1.0)], {1: 2.0}])
@@ -584,8 +592,9 @@ def test_a_save_that_fails_in_the_background_is_raised_by_the_next_step(out_dir)
                 train(ckpt, tally, 1)
                 ckpt._run._writer.wait(20)
             except SaveFailed as failure:
-                raised.append(str(failure))
-        assert len(raised) == 1 and "no state today" in raised[0]
+                raised.append((tally.count, str(failure)))
+        ((step, words),) = raised
+        assert step == 3 and "no state today" in words
     assert list(saved(out_dir)) == [4, 6, 8, 10]
 
 

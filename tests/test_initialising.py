@@ -65,6 +65,14 @@ def test_a_checkpoint_or_a_label_gives_that_one(run, name):
     assert first_weight(run / name) == {"model": 1.0 if name.endswith("1") else 2.0}
 
 
+@pytest.mark.parametrize("name", ["step-00000002", "latest"])
+def test_a_folder_in_the_place_of_another_is_found_by_the_record(run, name):
+    shutil.rmtree(run / "step-00000002")
+    shutil.copytree(run / "step-00000001", run / "step-00000002")
+    with pytest.raises(NoCheckpoint, match="step-00000002"):
+        first_weight(run / name)
+
+
 def test_a_damaged_checkpoint_that_was_asked_for_is_an_error(run):
     (run / "step-00000002" / "model.safetensors").write_bytes(b"")
     with pytest.raises(NoCheckpoint, match="step-00000002"):

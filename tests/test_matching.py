@@ -227,6 +227,7 @@ def test_in_another_world_what_was_a_ranks_own_is_left_and_told():
     matched.apply()
     assert random.getstate() == drawn
     assert live.shared["counter"].count == 5 and live.own["loader"].count == 0
+    assert matched.report.left == ["loader"]
     assert matched.exactness(RECORD) == (
         "resumed step-00000007 (step 7, epoch 2)  exact: model, optimizer, counter  not exact: loader, rng of 4 ranks"
     )

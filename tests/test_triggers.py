@@ -128,6 +128,16 @@ def test_a_control_file_that_cannot_be_removed_is_warned_of_and_not_obeyed(run, 
     assert "STOP" in caplog.text
 
 
+def test_control_files_are_the_leaders_to_see(tmp_path, clock):
+    run: Any = Wanted(tmp_path, thread_ranks(2)[1])
+    triggers = Triggers(Schedule.parse(-1), run, by_epoch=False)
+    (tmp_path / "STOP").touch()
+    clock.now += 1
+    assert due_at(triggers, range(1, 3)) == {}
+    assert (tmp_path / "STOP").exists()
+    run.requests.close()
+
+
 def test_what_the_leader_alone_sees_is_due_on_all_ranks_at_one_step(tmp_path, clock):
     start = threading.Barrier(3)
     everybody_trained_on = threading.Barrier(3)

@@ -144,6 +144,16 @@ def test_every_file_of_this_rank_is_checked_before_it_is_used(store):
     assert str(read(store, manifest).shared) == str(shared_state())
 
 
+def test_a_number_that_was_changed_in_what_is_no_tensor_is_found(store):
+    manifest = write(store, 1)
+    place = store.root / FOLDER / "state.json"
+    changed = place.read_bytes().replace(b'"last_epoch":3', b'"last_epoch":4')
+    assert changed != place.read_bytes()
+    place.write_bytes(changed)
+    with pytest.raises(DamagedCheckpoint, match=f"{FOLDER}/state.json: its bytes changed after the commit"):
+        read(store, manifest)
+
+
 def test_a_file_of_another_checkpoint_in_its_place_is_found(store):
     manifest = write(store, 1)
     place = store.root / FOLDER / "model.safetensors"
