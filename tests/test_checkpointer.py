@@ -818,6 +818,25 @@ def test_a_part_of_a_checkpoint_can_be_resumed_and_is_saved_again(out_dir, caplo
     assert [one.name for one in records(out_dir)] == ["step-00000001", "step-00000001.2"]
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_stateful_data_loader_goes_on_with_the_next_batch(out_dir, workers):
+    loading = pytest.importorskip("torchdata.stateful_dataloader")
+
+    def batches(total: int) -> list[list[int]]:
+        torch.manual_seed(0)
+        loader = loading.StatefulDataLoader(range(40), batch_size=4, shuffle=True, num_workers=workers)
+        ckpt = Checkpointer(out_dir, {"loader": loader}, timeout=SOON)
+        ckpt.resume()
+        told = []
+        batch = iter(loader)
+        for _ in ckpt.steps(total):
+            told.append(next(batch).tolist())
+        return told
+
+    before, after = batches(4), batches(10)
+    assert len(before + after) == 10 and sorted(sum(before + after, [])) == list(range(40))
+
+
 # Starting from something else
 
 
