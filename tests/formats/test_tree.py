@@ -89,6 +89,7 @@ def grown(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     return st.one_of(dicts, dicts.map(OrderedDict), lists, lists.map(tuple), deques)
 
 
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 @settings(max_examples=300, deadline=None)
 @given(st.recursive(leaves, grown, max_leaves=8))
 def test_what_comes_back_is_what_was_stored(value):
