@@ -1,0 +1,91 @@
+"""What the leader asks for is done by all ranks at the same boundary, however far apart they are."""
+
+from __future__ import annotations
+
+import random
+import threading
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from distckpt.agreeing import Request, Requests, Stopwatch
+from distckpt.errors import RankFailure
+from distckpt.ranks import Ranks, Solo
+from distckpt.testing import on_threads, thread_ranks
+
+SOON = timedelta(seconds=10)
+BOUNDARIES = 300
+
+
+def train(ranks: Ranks, asked_at: dict[int, str], meeting: threading.Barrier | None, seed: int) -> list[Any]:
+    """What was due at which boundary. With ``meeting`` each step waits for all ranks, as training's collectives do."""
+    requests = Requests(ranks, SOON)
+    dawdle = random.Random(seed * 100 + ranks.rank)
+    due = []
+    try:
+        for boundary in range(1, BOUNDARIES + 1):
+            if meeting is not None:
+                meeting.wait(20)
+            elif dawdle.random() < 0.1:
+                threading.Event().wait(dawdle.random() * 0.01)
+            if ranks.rank == 0 and boundary in asked_at:
+                requests.ask(Request(asked_at[boundary], "because"))
+            due += [(boundary, request.what) for request in requests.due(boundary)]
+    finally:
+        requests.close()
+    return due
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("meets", [False, True])
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_all_ranks_act_at_the_same_boundary_in_the_order_in_which_it_was_asked(world_size, meets, seed):
+    choose = random.Random(seed)
+    asked_at = {choose.randrange(1, BOUNDARIES // 2): f"request {nth}" for nth in range(4)}
+    meeting = threading.Barrier(world_size) if meets else None
+    told = on_threads(thread_ranks(world_size), lambda ranks: train(ranks, asked_at, meeting, seed))
+    assert all(due == told[0] for due in told), told
+    assert isinstance(told[0], list)
+    asked = [asked_at[boundary] for boundary in sorted(asked_at)]
+    done = [what for _, what in told[0]]
+    assert done == asked[: len(done)] and (done == asked or not meets)
+
+
+def test_one_process_acts_at_its_next_boundary():
+    requests = Requests(Solo(), SOON)
+    assert requests.due(1) == []
+    requests.ask(Request("save", "asked"))
+    assert requests.due(2) == [Request("save", "asked")]
+    assert requests.due(3) == []
+
+
+def test_a_rank_that_does_not_answer_is_named_at_the_next_boundary():
+    ranks = thread_ranks(2, timeout=timedelta(seconds=0.3))
+    leader = Requests(ranks[0], timedelta(seconds=0.3))
+    leader.ask(Request("save", "asked"))
+    boundary = 0
+    with pytest.raises(RankFailure, match="rank 1: did not come"):
+        while True:  # each look is a flag until the listener gave rank 1 up
+            boundary += 1
+            leader.due(boundary)
+    leader.close()
+
+
+def test_close_ends_the_thread_of_every_rank():
+    before = threading.active_count()
+    told = on_threads(thread_ranks(3), lambda ranks: Requests(ranks, SOON).close())
+    assert told == [None] * 3
+    assert threading.active_count() == before
+
+
+def test_a_stopwatch_is_over_after_its_period_and_begins_anew(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("distckpt.agreeing.time.monotonic", lambda: now[0])
+    watch = Stopwatch(timedelta(seconds=5))
+    now[0] = 104.9
+    assert not watch.is_over
+    now[0] = 105.0
+    assert watch.is_over
+    watch.restart()
+    assert not watch.is_over
