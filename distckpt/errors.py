@@ -39,6 +39,10 @@ class RankFailure(DistckptError):
         told = "; ".join(f"rank {rank}: {what}" for rank, what in sorted(self.failures.items()))
         super().__init__(f"{during} failed: {told}")
 
+    def __reduce__(self) -> tuple[type[RankFailure], tuple[str, dict[int, str]]]:
+        # Errors cross processes as pickles, which know how to make one of its message only.
+        return type(self), (self.during, self.failures)
+
 
 class SaveFailed(RankFailure):
     """A save did not commit. Everything committed before it is untouched, and training may go on."""

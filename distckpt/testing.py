@@ -95,6 +95,7 @@ class FaultyStore:
         self._error = error or OSError(28, "No space left on device")
         self.fail_at = fail_at
         self.operations: list[str] = []
+        self._counting = threading.Lock()
 
     def __getattr__(self, name: str) -> Any:
         real = getattr(self._store, name)
@@ -102,8 +103,10 @@ class FaultyStore:
             return real
 
         def counted(*args: Any, **named: Any) -> Any:
-            self.operations.append(f"{name} {args[0] if args else ''}".strip())
-            if self.fail_at is not None and len(self.operations) == self.fail_at + 1:
+            with self._counting:
+                is_next = len(self.operations) == self.fail_at
+                self.operations.append(f"{name} {args[0] if args else ''}".strip())
+            if is_next:
                 raise self._error
             return real(*args, **named)
 

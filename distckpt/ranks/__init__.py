@@ -61,6 +61,11 @@ class Ranks(Protocol):
         """The same ranks for another thread, whose words never mix with these. Collective, without waiting."""
         ...
 
+    def part(self, during: str) -> None:
+        """What was said last has been read by all who came within a moment: a failure, after which the leader's
+        process may end, and with it the store that they agree through. Collective; raises nothing."""
+        ...
+
     def close(self) -> None:
         """Nothing more is said. Collective: the leader gives the others a moment to come, as the store that they
         agree through may end with its process. Safe to call twice."""
@@ -88,6 +93,9 @@ class Solo:
     def fork(self, name: str) -> Ranks:
         return self
 
+    def part(self, during: str) -> None:
+        return None
+
     def close(self) -> None:
         return None
 
@@ -111,6 +119,7 @@ def together(ranks: Ranks, during: str, work: Callable[[], Json]) -> list[Json]:
     told = ranks.exchange(during, _failed(error) if error else {"result": result})
     failures = {rank: one for rank, one in enumerate(told) if "failed" in one}
     if failures:
+        ranks.part(during)
         raise _failure(ranks, during, failures) from error
     return [one["result"] for one in told]
 
@@ -128,6 +137,7 @@ def from_leader(ranks: Ranks, during: str, work: Callable[[], Json]) -> Json:
         told = _failed(error) if error else {"result": result}
     told = ranks.broadcast(during, told)
     if "failed" in told:
+        ranks.part(during)
         raise _failure(ranks, during, {LEADER: told}) from error
     return told["result"]
 

@@ -7,6 +7,7 @@ training's own communication.
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -15,11 +16,14 @@ from typing import Protocol, TypeVar
 from distckpt.errors import RankFailure
 from distckpt.ranks import LEADER, Json, Ranks
 
+_log = logging.getLogger("distckpt")
+
 # Looking costs about 40 microseconds on a c10d store; a wait begins eager and becomes lazy.
 _FIRST_PAUSE_SECONDS = 0.0002
 _LONGEST_PAUSE_SECONDS = 0.02
 # A board serves this many looks of idle listeners a second without feeling them.
 _IDLE_LOOKS_PER_SECOND = 5000
+_ROUNDS_BETWEEN_LOOKS = 64
 _GRACE_SECONDS = 5.0
 _PARTING_SECONDS = 5.0
 
@@ -62,39 +66,44 @@ class BoardRanks:
         self._timeout = timeout
         self._round = 0
         self._told = 0
+        self._forgotten = 0
         self._is_closed = False
-        self._mine: list[str] = []
+        self._mine: list[tuple[int, str]] = []  # what this rank posted, by round, until all have read it
+        self._others = list(range(1, world_size))  # those who came to the last round, as far as the leader knows
 
     def exchange(self, during: str, value: Json) -> list[Json]:
         self._round += 1
-        post = json.dumps({"during": during, "value": value}, allow_nan=False)
+        post = json.dumps({"during": during, "value": value, "heard": self._told}, allow_nan=False)
         self._post(self._key(self.rank), post, during)
         if self.rank == LEADER:
             answer = self._gather(during, post)
-            self._tidy()
+            if "failures" not in answer:
+                self._tidy(self._round - 1)
             self._post(self._key("all"), json.dumps(answer), during)
         else:
             answer = json.loads(self._await_leader(during))
-            self._tidy()
-        self._mine.append(self._key(self.rank))
+            self._tidy(self._round - 1)
+        self._mine.append((self._round, self._key(self.rank)))
         if self.rank == LEADER:
-            self._mine.append(self._key("all"))
+            self._mine.append((self._round, self._key("all")))
         if "failures" in answer:
-            self._part(during)
-            raise RankFailure(during, {int(rank): what for rank, what in answer["failures"].items()})
-        values: list[Json] = answer["values"]
+            self.part(during)
+        values: list[Json] = self._read(answer, during, "values")
         return values
 
     def broadcast(self, during: str, value: Json) -> Json:
         self._round += 1
+        self._others = list(range(1, self.world_size))
         if self.rank == LEADER:
             self._post(self._key("all"), json.dumps({"during": during, "value": value}, allow_nan=False), during)
-            self._mine.append(self._key("all"))
+            self._mine.append((self._round, self._key("all")))
+            if self._round % _ROUNDS_BETWEEN_LOOKS == 0:
+                self._tidy(self._read_by_all(during))
             return value
         answer = json.loads(self._await(self._key("all"), during, self._seconds, LEADER))
-        if answer.get("during") != during:
-            raise RankFailure(during, {LEADER: f"was in {answer.get('during')!r} instead"})
-        return answer["value"]
+        if self._round % _ROUNDS_BETWEEN_LOOKS == 0:
+            self._post(f"{self._name}/read/{self.rank}", str(self._round), during)
+        return self._read(answer, during, "value")
 
     def listen(self, patience_seconds: float) -> Json | None:
         key = f"{self._name}/told/{self._told + 1}"
@@ -115,6 +124,17 @@ class BoardRanks:
         return BoardRanks(
             self._board.clone(), self.rank, self.world_size, name=f"{self._name}/{name}", timeout=self._timeout
         )
+
+    def part(self, during: str) -> None:
+        key = f"{self._name}/{self._round}/parted"
+        try:
+            if self.rank != LEADER:
+                self._post(f"{key}/{self.rank}", "", during)
+                self._mine.append((self._round, f"{key}/{self.rank}"))
+            else:
+                self._linger([f"{key}/{rank}" for rank in self._others], during)
+        except RankFailure as failure:
+            _log.debug("%s: %s", during, failure)  # what is about to be raised says more
 
     def close(self) -> None:
         if self._is_closed:
@@ -144,9 +164,20 @@ class BoardRanks:
                 posts[rank] = self._await(self._key(rank), during, deadline - time.monotonic(), rank)
             except RankFailure as failure:
                 failures.update(failure.failures)
+        self._others = [rank for rank in posts if rank != LEADER]
         found = {rank: json.loads(post) for rank, post in sorted(posts.items())}
         failures.update(_elsewhere(during, {rank: post["during"] for rank, post in found.items()}))
-        return {"failures": failures} if failures else {"values": [post["value"] for post in found.values()]}
+        if failures:
+            return {"during": during, "failures": failures}
+        self._forget(min(post["heard"] for post in found.values()))
+        return {"during": during, "values": [post["value"] for post in found.values()]}
+
+    def _read(self, answer: Json, during: str, what: str) -> Json:
+        if "failures" in answer:
+            raise RankFailure(answer["during"], {int(rank): told for rank, told in answer["failures"].items()})
+        if answer["during"] != during or what not in answer:
+            raise RankFailure(during, _elsewhere("", {LEADER: answer["during"]}))
+        return answer[what]
 
     def _await_leader(self, during: str) -> str:
         # The leader waits from its own arrival on, so its arrival and its answer are two waits.
@@ -165,26 +196,26 @@ class BoardRanks:
             pause = min(pause * 1.5, _LONGEST_PAUSE_SECONDS)
         return text
 
-    def _part(self, during: str) -> None:
-        # Where the leader holds the store, its end would leave the others without the answer: it waits until those
-        # who are there have read it, but not long.
-        if self.rank != LEADER:
-            self._post(self._key(f"{self.rank}/read"), "", during)
-            return
-        came = [rank for rank in range(1, self.world_size) if self._look(self._key(rank), during) is not None]
-        self._linger([self._key(f"{rank}/read") for rank in came], during)
-
     def _linger(self, keys: list[str], during: str) -> None:
         deadline = time.monotonic() + min(_PARTING_SECONDS, self._seconds)
         while keys and time.monotonic() < deadline:
             keys = [key for key in keys if self._look(key, during) is None]
             time.sleep(_FIRST_PAUSE_SECONDS)
 
-    def _tidy(self) -> None:
-        # Everybody has come to this round, so all have read what the rounds before it said.
-        for key in self._mine:
+    def _tidy(self, read: int) -> None:
+        """What this rank said until the round ``read`` is gone: everybody has come further, so all have read it."""
+        for _, key in [(number, key) for number, key in self._mine if number <= read]:
             self._board.remove(key)
-        self._mine.clear()
+        self._mine = [(number, key) for number, key in self._mine if number > read]
+
+    def _read_by_all(self, during: str) -> int:
+        rounds = [self._look(f"{self._name}/read/{rank}", during) for rank in range(1, self.world_size)]
+        return min(int(text or 0) for text in rounds)
+
+    def _forget(self, heard: int) -> None:
+        for number in range(self._forgotten + 1, heard + 1):
+            self._board.remove(f"{self._name}/told/{number}")
+        self._forgotten = max(self._forgotten, heard)
 
     def _post(self, key: str, value: str, during: str) -> None:
         self._guarded(during, lambda: self._board.post(key, value))

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import pkgutil
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
 from distckpt import stores
+from distckpt.ranks import Ranks
+from distckpt.ranks.process_group import detect
 from distckpt.stores import Store
 from distckpt.stores.local import LocalStore
-from distckpt.testing import FaultyStore
+from distckpt.testing import FaultyStore, on_threads, thread_ranks
 
 # How a store of each module in distckpt/stores is made in an empty folder.
 MAKERS: dict[str, Callable[[Path], Store]] = {"local": LocalStore}
@@ -34,3 +38,36 @@ def store(request: pytest.FixtureRequest, make_store: Callable[[Path], Store], t
     """A store in an empty directory, also as tests see it that count its operations."""
     made = make_store(tmp_path)
     return made if request.param == "itself" else FaultyStore(made)
+
+
+class Job:
+    """The ranks of one kind of job. A test gives it work, which is done on each rank."""
+
+    def __init__(self, kind: str, world_size: int, run_ranks: Callable[..., list[Any]]) -> None:
+        self.kind = kind
+        self.world_size = world_size
+        self._run_ranks = run_ranks
+
+    def __call__(self, work: Callable[[Ranks], Any], *, timeout: timedelta = timedelta(seconds=20)) -> list[Any]:
+        """What ``work`` returned, or the error that it raised, by rank."""
+        if self.kind == "threads":
+            return on_threads(thread_ranks(self.world_size, timeout=timeout), work)
+
+        def told(rank: int) -> Any:
+            ranks = detect(timeout)
+            try:
+                return work(ranks)
+            except Exception as error:
+                return error
+            finally:
+                ranks.close()
+
+        return [told(0)] if self.kind == "solo" else self._run_ranks(self.world_size, told)
+
+
+JOBS = {"solo": ("solo", 1), "2 threads": ("threads", 2), "4 threads": ("threads", 4), "2 processes": ("gloo", 2)}
+
+
+@pytest.fixture(params=sorted(JOBS))
+def job(request: pytest.FixtureRequest, run_ranks: Callable[..., list[Any]]) -> Job:
+    return Job(*JOBS[request.param], run_ranks)
