@@ -1,0 +1,79 @@
+"""A run of N thread ranks with the real full format, for the tests of the flows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distckpt.attempt import Attempt, Holder
+from distckpt.catalog import Catalog
+from distckpt.formats import Snapshot
+from distckpt.formats.full import FORMAT
+from distckpt.formats.known import get_format
+from distckpt.manifest import Record
+from distckpt.progress import Progress
+from distckpt.ranks import Ranks, is_leader
+from distckpt.restoring import Restored, read_newest
+from distckpt.saving import Job, save
+from distckpt.stores import Store
+from distckpt.stores.local import LocalStore
+from distckpt.testing import on_threads, thread_ranks
+
+SOON = timedelta(seconds=5)
+
+
+def state_of(step: int) -> dict[str, Any]:
+    """What a model holds after ``step`` steps."""
+    return {"model": {"weight": torch.full((3, 2), float(step)), "bias": torch.arange(2) + step}}
+
+
+class Saves:
+    """Saves steps one after another with ``world_size`` ranks into ``folder``, each rank through its own store."""
+
+    def __init__(self, folder: Path, world_size: int, *, timeout: timedelta = SOON) -> None:
+        self.folder = folder
+        self.ranks = thread_ranks(world_size, timeout=timeout)
+        store = LocalStore(folder)
+        store.make_root()
+        self.catalog = Catalog(store, Attempt.start(store, Holder.here()))
+        self.stores: list[Store] = [LocalStore(folder) for _ in self.ranks]
+
+    def save(
+        self, step: int, *, snapshot: Callable[[int], Snapshot] | None = None, absent: Sequence[int] = ()
+    ) -> list[Record | BaseException | None]:
+        """What became of the save of ``step`` on each rank."""
+
+        def work(ranks: Ranks) -> Record | None:
+            if ranks.rank in absent:
+                return None
+
+            def take() -> Snapshot:
+                own = {"rng": {"rank": ranks.rank, "step": step}}
+                return snapshot(ranks.rank) if snapshot else Snapshot(state_of(step), own)
+
+            catalog = None
+            if is_leader(ranks):
+                catalog = Catalog(self.stores[0], self.catalog.attempt)
+                catalog._serial = self.catalog._serial
+                self.catalog._serial += 1
+            return save(
+                Job(Progress(step), ("interval",), take),
+                format=FORMAT,
+                store=self.stores[ranks.rank],
+                ranks=ranks,
+                catalog=catalog,
+                after=lambda record, seconds: None,
+            )
+
+        return on_threads(self.ranks, work)
+
+    def restore(self, **words: Any) -> list[Restored | None | BaseException]:
+        """What each rank restores."""
+        return on_threads(
+            self.ranks,
+            lambda ranks: read_newest(ranks, store=self.stores[ranks.rank], get_format=get_format, **words),
+        )

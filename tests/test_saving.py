@@ -1,0 +1,95 @@
+"""A save is committed by all ranks, or fails on all of them with the same words, and costs nothing that was there."""
+
+from __future__ import annotations
+
+import errno
+from datetime import timedelta
+
+import pytest
+from flows import Saves, state_of
+
+from distckpt.catalog import scan
+from distckpt.errors import SaveFailed
+from distckpt.formats import Snapshot
+from distckpt.manifest import Record
+from distckpt.restoring import Restored
+from distckpt.testing import FaultyStore
+
+
+def committed(saves: Saves) -> list[str]:
+    return [record.name for record in scan(saves.catalog.store).records]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_every_rank_holds_the_record_of_what_is_committed(tmp_path, world_size):
+    saves = Saves(tmp_path / "run", world_size)
+    told = saves.save(7)
+    assert all(isinstance(record, Record) and record == told[0] for record in told)
+    assert told[0].world_size == world_size and committed(saves) == ["step-00000007"]
+    assert (tmp_path / "run" / "step-00000007" / f"rank-{world_size - 1:05d}.json").exists()
+
+
+def operations(tmp_path, rank: int) -> list[str]:
+    saves = Saves(tmp_path / "counted", 2)
+    saves.save(1)
+    saves.stores[rank] = counted = FaultyStore(saves.stores[rank])
+    saves.save(2)
+    return counted.operations
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_fault_at_any_operation_fails_on_all_ranks_and_costs_nothing(tmp_path, rank, code):
+    for nth, operation in enumerate(operations(tmp_path, rank)):
+        saves = Saves(tmp_path / f"fault-{nth}", 2)
+        saves.save(1)
+        good = saves.stores[rank]
+        saves.stores[rank] = FaultyStore(good, fail_at=nth, error=OSError(code, "the disk said no", operation))
+        told = saves.save(2)
+        assert [type(one) for one in told] == [SaveFailed] * 2, operation
+        assert str(told[0]) == str(told[1]) and f"rank {rank}" in str(told[0]) and operation in str(told[0])
+        restored = saves.restore()[1 - rank]
+        assert isinstance(restored, Restored) and restored.record.progress.step == 1, operation
+        saves.stores[rank] = good
+        assert all(isinstance(one, Record) for one in saves.save(2)), operation
+        saves.catalog.sweep()
+        left = [name for name in saves.catalog.store.list() if not name.startswith(".attempt")]
+        assert len([name for name in left if name.startswith("step-")]) == 4, (operation, left)
+        assert not [name for name in left if name.startswith((".draft", ".trash"))], (operation, left)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_an_error_in_the_state_of_one_rank_is_raised_on_all_with_its_words(tmp_path, rank):
+    def take(mine: int) -> Snapshot:
+        if mine == rank:
+            raise ValueError("the EMA has no state yet")
+        return Snapshot(state_of(1))
+
+    saves = Saves(tmp_path / "run", 3)
+    told = saves.save(1, snapshot=take)
+    assert [type(one) for one in told] == [SaveFailed] * 3
+    assert {str(one) for one in told} == {
+        f"save of step 1 (snapshot) failed: rank {rank}: ValueError: the EMA has no state yet"
+    }
+    assert committed(saves) == []
+
+
+def test_state_that_needs_a_pickle_is_refused_by_its_place(tmp_path):
+    saves = Saves(tmp_path / "run", 2)
+    told = saves.save(1, snapshot=lambda rank: Snapshot({"ema": {"decay": lambda step: 0.9}}))
+    assert all(isinstance(one, SaveFailed) and "ema.decay is a" in str(one) for one in told)
+    assert committed(saves) == [] and list((tmp_path / "run").glob("step-*")) == []
+
+
+def test_a_rank_that_never_comes_is_named_within_the_deadline(tmp_path):
+    saves = Saves(tmp_path / "run", 3, timeout=timedelta(seconds=0.3))
+    told = saves.save(1, absent=[2])
+    assert all(isinstance(one, SaveFailed) and list(one.failures) == [2] for one in told[:2])
+    assert committed(saves) == []
+
+
+def test_a_step_that_is_saved_again_has_a_folder_of_its_own(tmp_path):
+    saves = Saves(tmp_path / "run", 1)
+    first, second = saves.save(3)[0], saves.save(3)[0]
+    assert [first.name, second.name] == ["step-00000003", "step-00000003.2"]
+    assert committed(saves) == ["step-00000003", "step-00000003.2"]
