@@ -70,7 +70,8 @@ class Checkpointer:
         timeout: how long a rank waits for another, or for a save to end, before it gives up.
 
     Raises:
-        TypeError, ValueError: naming the word that is wrong; for a word of another library, ours.
+        TypeError, ValueError: naming the word that is wrong; for a word of another library, ours. The words that
+            `CheckpointHook` has too raise the errors of its specification: AssertionError and KeyError as well.
         DirectoryInUse: on all ranks, where another live process saves into the directory.
         RankFailure: on all ranks, where the directory cannot be written, is a file, or is not seen by all ranks.
         RuntimeError: where a launcher started several processes that ``torch.distributed`` does not know of.
