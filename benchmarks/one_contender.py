@@ -27,7 +27,7 @@ import torch  # noqa: E402
 from contenders import Contender, fsync, load  # noqa: E402
 from transformer import tensors_of, training_state  # noqa: E402
 
-# MMEngine's hook needs the most memory: 1.6 times the state, beside once the state in the page cache.
+# The most that a save takes is twice the state: a copy of it, beside its pages in the page cache. And a margin.
 TOUCHED_TIMES_STATE = 3
 
 

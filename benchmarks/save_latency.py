@@ -14,6 +14,7 @@ import platform
 import random
 import re
 import select
+import signal
 import subprocess
 import sys
 import tempfile
@@ -284,6 +285,8 @@ def main() -> int:
     for folder in (asked.dir, asked.json and asked.json.parent):
         if folder is not None and not folder.is_dir():
             parser.error(f"{folder} is not a directory")
+    # What was saved is gigabytes: it is removed when this is told to end, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     names = [name for name in contenders.names() if name in (asked.only or contenders.names())]
     with tempfile.TemporaryDirectory(prefix="save_latency-", dir=asked.dir) as folder:
         result = run(names, Path(folder).resolve(), asked.mb, asked.rounds, lambda line: print(line, file=sys.stderr))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -188,6 +189,18 @@ def test_only_the_newest_save_stays_on_the_disk(
     extended: tuple[subprocess.CompletedProcess[str], dict[str, Any], Path],
 ) -> None:
     assert json.loads((extended[2] / "witness.json").read_text())["left"] == ["2.pt"]
+
+
+def test_nothing_is_left_on_the_disk_when_it_is_told_to_end(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCHMARKS / "save_latency.py"), "--mb", "1", "--rounds", "1000000"]
+    with subprocess.Popen(
+        [*command, "--only", "torch_save", "--dir", str(tmp_path)], stderr=subprocess.PIPE
+    ) as running:
+        assert running.stderr
+        assert running.stderr.readline() == b"first saves\n"
+        running.terminate()
+        assert running.wait(60) == 128 + signal.SIGTERM
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("words", [("--only", "nobody"), ("--rounds", "0"), ("--mb", "many"), ("--dir", "nowhere")])
