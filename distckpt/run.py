@@ -134,7 +134,7 @@ class Run:
             TimeoutError: where it did not end in time; it goes on.
         """
         self.collect(timeout)
-        self._writer.wait((timeout or self.timeout).total_seconds())
+        self._writer.wait((self.timeout if timeout is None else timeout).total_seconds())
         self.raise_failure()
         return self.record
 
@@ -143,7 +143,7 @@ class Run:
         if self._pending is None:
             return
         number, progress, future = self._pending
-        timeout = timeout or self.timeout
+        timeout = self.timeout if timeout is None else timeout
         try:
             self.record = future.result(timeout.total_seconds())
         except TimeoutError:

@@ -1,0 +1,534 @@
+"""A run on thread ranks: the directory is claimed, saves go on in the background, and their failures reach all."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import timedelta
+
+import pytest
+import torch
+
+from distckpt import layout
+from distckpt.agreeing import Request
+from distckpt.attempt import Attempt, Holder
+from distckpt.catalog import scan
+from distckpt.errors import DirectoryInUse, RankFailure, SaveFailed, Superseded
+from distckpt.formats import Snapshot
+from distckpt.formats.full import FORMAT
+from distckpt.formats.known import get_format
+from distckpt.manifest import Record
+from distckpt.progress import Progress
+from distckpt.restoring import Restored
+from distckpt.run import Run
+from distckpt.saving import Job
+from distckpt.stores.local import LocalStore
+from distckpt.testing import FaultyStore, on_threads, thread_ranks
+
+TIMEOUT = timedelta(seconds=20)
+
+
+class KeepNewest:
+    """Keeps the newest few, and points a label at the last."""
+
+    def __init__(self, count: int = 99) -> None:
+        self.count = count
+
+    def to_delete(self, records):
+        return list(records[: -self.count])
+
+    def label(self, catalog, records):
+        catalog.store.point(layout.LATEST, records[-1].name)
+
+
+class GatedFormat:
+    """The full format, which writes when it is let."""
+
+    name, is_folder, read_with, read = FORMAT.name, FORMAT.is_folder, FORMAT.read_with, FORMAT.read
+
+    def __init__(self, gate: threading.Event) -> None:
+        self._gate = gate
+
+    def write(self, *args):
+        assert self._gate.wait(20)
+        return FORMAT.write(*args)
+
+
+def open_run(ranks, root, *, store=None, **words) -> Run:
+    words = {"keeping": KeepNewest(), "format": FORMAT, "timeout": TIMEOUT} | words
+    return Run(store or LocalStore(root), ranks=ranks, get_format=get_format, **words)
+
+
+def job(step: int, rank: int, *, fails: bool = False) -> Job:
+    def take() -> Snapshot:
+        if fails:
+            raise ValueError("no state today")
+        return Snapshot({"model": {"weight": torch.full((2, 2), float(step))}}, {"rng": {"rank": rank, "step": step}})
+
+    return Job(Progress(step), ("interval",), take, metrics={"loss": float(step)})
+
+
+def save(run: Run, step: int, *, fails: bool = False, **words) -> Record | None:
+    return run.save(job(step, run.ranks.rank, fails=fails), began=time.monotonic(), **words)
+
+
+def on_ranks(count: int, work: Callable[..., object]) -> list[object]:
+    """What came of ``work`` on each of so many ranks; where it raised, the test fails."""
+    results = on_threads(thread_ranks(count, timeout=TIMEOUT), work)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return results
+
+
+def names(root) -> list[str]:
+    return [record.name for record in scan(LocalStore(root)).records]
+
+
+def everything(root) -> dict[str, tuple]:
+    files = (path for path in root.rglob("*") if path.is_file() and path.name != layout.LOCK)
+    return {str(path): (path.stat().st_ino, path.stat().st_mtime_ns, path.stat().st_size) for path in files}
+
+
+def events(root) -> list[dict]:
+    return [json.loads(line) for line in (root / layout.EVENTS).read_text().splitlines()]
+
+
+# The directory
+
+
+def test_a_directory_that_another_process_holds_is_refused_on_all_ranks(tmp_path):
+    def hold(pipe):
+        Attempt.start(LocalStore(tmp_path), Holder.here())
+        pipe.send(os.getpid())
+        pipe.recv()
+
+    mine, theirs = multiprocessing.Pipe()
+    other = multiprocessing.get_context("fork").Process(target=hold, args=(theirs,), daemon=True)
+    other.start()
+    pid = mine.recv()
+    refused = on_threads(thread_ranks(3), lambda ranks: open_run(ranks, tmp_path))
+    other.kill()
+    assert {type(error) for error in refused} == {DirectoryInUse}
+    assert all(f"process {pid} " in str(error) for error in refused)
+
+
+def test_a_rank_that_sees_another_directory_is_named_on_all(tmp_path):
+    roots = [tmp_path / "shared", tmp_path / "shared", tmp_path / "own"]
+    for root in roots:
+        root.mkdir(exist_ok=True)
+    soon = timedelta(seconds=0.4)
+    told = on_threads(thread_ranks(3, timeout=TIMEOUT), lambda ranks: open_run(ranks, roots[ranks.rank], timeout=soon))
+    assert {type(error) for error in told} == {RankFailure} and len({str(error) for error in told}) == 1
+    assert set(told[0].failures) == {2} and "own is not the directory that rank 0 writes to" in str(told[0])
+
+
+def test_a_directory_that_cannot_be_written_is_an_error_on_all(tmp_path):
+    full = FaultyStore(LocalStore(tmp_path), fail_at=0)
+    told = on_threads(thread_ranks(2), lambda ranks: open_run(ranks, tmp_path, store=full))
+    assert {type(error) for error in told} == {RankFailure}
+    assert all("rank 0: OSError: [Errno 28] No space left on device" in str(error) for error in told)
+
+
+def test_after_the_end_the_directory_is_free_and_no_thread_is_left(tmp_path):
+    def work(ranks):
+        run = open_run(ranks, tmp_path)
+        save(run, 1)
+        run.close()
+        run.close()
+
+    before = threading.active_count()
+    on_ranks(2, work)
+    on_ranks(2, work)
+    assert threading.active_count() == before
+    assert json.loads((tmp_path / layout.RUN).read_text())["state"] == "finished"
+    told = multiprocessing.Queue()
+    other = multiprocessing.get_context("fork").Process(
+        target=lambda: told.put(Attempt.start(LocalStore(tmp_path), Holder.here()).number)
+    )
+    other.start()
+    assert told.get(timeout=20) == 3
+    other.join(20)
+
+
+# Saving
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_a_save_is_committed_and_every_rank_holds_its_record(tmp_path, world_size):
+    def work(ranks):
+        run = open_run(ranks, tmp_path)
+        records = [save(run, step, wait=True) for step in (1, 2)]
+        run.close()
+        return [*records, run.record]
+
+    told = on_ranks(world_size, work)
+    assert all(one == told[0] for one in told)
+    assert [record.name for record in told[0]] == ["step-00000001", "step-00000002", "step-00000002"]
+    assert names(tmp_path) == ["step-00000001", "step-00000002"] and told[0][0].world_size == world_size
+
+
+def test_training_goes_on_while_a_save_is_written_and_the_next_waits_for_it(tmp_path):
+    gate = threading.Event()
+
+    def work(ranks):
+        run = open_run(ranks, tmp_path, format=GatedFormat(gate))
+        assert save(run, 1) is None and run.is_busy and run.saved == Progress(1)
+        with pytest.raises(TimeoutError, match="save 1 has not ended within 0:00:00.010000; it goes on"):
+            run.settle(timedelta(seconds=0.01))
+        seen = names(tmp_path)
+        ranks.exchange("both have looked", None)
+        gate.set()
+        save(run, 2)
+        first = run.record
+        last = run.settle()
+        run.close()
+        return seen, first.name, last.name
+
+    assert on_ranks(2, work) == [([], "step-00000001", "step-00000002")] * 2
+
+
+def test_to_wait_no_time_at_all_is_to_look(tmp_path):
+    gate = threading.Event()
+
+    def work(ranks):
+        run = open_run(ranks, tmp_path, format=GatedFormat(gate))
+        save(run, 1)
+        began = time.monotonic()
+        with pytest.raises(TimeoutError):
+            run.settle(timedelta(0))
+        waited = time.monotonic() - began
+        gate.set()
+        run.close()
+        return waited
+
+    assert on_ranks(1, work)[0] < 5
+
+
+def test_a_state_is_taken_when_it_is_saved_and_not_when_it_is_written(tmp_path):
+    gate = threading.Event()
+    took = []
+
+    def work(ranks):
+        run = open_run(ranks, tmp_path, format=GatedFormat(gate))
+        taken = job(1, 0)
+        run.save(replace(taken, snapshot=lambda: took.append(1) or taken.snapshot()), began=time.monotonic())
+        seen = list(took)
+        gate.set()
+        run.close()
+        return seen
+
+    assert on_ranks(1, work) == [[1]] and took == [1]
+
+
+# What fails
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_failure_on_one_rank_is_raised_on_all_and_the_next_save_is_tried(tmp_path, rank):
+    def work(ranks):
+        run = open_run(ranks, tmp_path)
+        save(run, 1, wait=True)
+        with pytest.raises(SaveFailed) as failed:
+            save(run, 2, fails=ranks.rank == rank, wait=True)
+        assert run.saved is None
+        record = save(run, 2, wait=True)
+        run.close()
+        return str(failed.value), record.name
+
+    told = on_ranks(3, work)
+    assert told[0] == told[1] == told[2]
+    assert told[0] == (f"save of step 2 (snapshot) failed: rank {rank}: ValueError: no state today", "step-00000002")
+    assert names(tmp_path) == ["step-00000001", "step-00000002"]
+
+
+def test_a_failure_in_the_background_reaches_all_ranks_at_the_same_step(tmp_path):
+    together = threading.Barrier(3)
+
+    def work(ranks):
+        run = open_run(ranks, tmp_path)
+        save(run, 1, fails=ranks.rank == 1)
+        for step in range(1, 10_000):
+            together.wait(20)  # as the collectives of training do
+            run.boundary(step)
+            try:
+                run.raise_failure()
+            except SaveFailed as failure:
+                run.close()
+                return step, str(failure)
+        raise AssertionError("nothing was raised")
+
+    told = on_ranks(3, work)
+    assert told[0] == told[1] == told[2] and "rank 1: ValueError: no state today" in told[0][1]
+
+
+def test_a_failure_that_nobody_asked_for_is_raised_at_the_end_and_the_directory_is_free(tmp_path):
+    def work(ranks):
+        run = open_run(ranks, tmp_path)
+        save(run, 1, fails=ranks.rank == 1)
+        with pytest.raises(SaveFailed, match="rank 1"):
+            run.close()
+        run.close()
+
+    on_ranks(2, work)
+    assert json.loads((tmp_path / layout.RUN).read_text())["state"] == "finished"
+
+
+def test_the_save_after_a_failure_is_under_way_when_the_failure_is_raised(tmp_path):
+    def work(ranks):
+        run = open_run(ranks, tmp_path)
+        save(run, 1, fails=True)
+        with pytest.raises(SaveFailed, match="step 1"):
+            save(run, 2)
+        record = run.settle()
+        run.close()
+        return record.name
+
+    assert on_ranks(2, work) == ["step-00000002"] * 2
+
+
+def test_requests_of_the_leader_are_told_and_failures_are_not_among_them(tmp_path):
+    together = threading.Barrier(2)
+
+    def work(ranks):
+        run = open_run(ranks, tmp_path)
+        save(run, 1, fails=True)
+        if ranks.rank == 0:
+            run.requests.ask(Request("save", "asked"))
+        told = []
+        for step in range(1, 10_000):
+            together.wait(20)
+            told += run.boundary(step)
+            if told:
+                break
+        with pytest.raises(SaveFailed):
+            run.close()
+        return told
+
+    assert on_ranks(2, work) == [[Request("save", "asked")]] * 2
+
+
+def test_a_run_that_was_succeeded_raises_on_all_ranks_and_changes_nothing(tmp_path):
+    def work(ranks):
+        run = open_run(ranks, tmp_path)
+        save(run, 1, wait=True)
+        ranks.exchange("saved", None)
+        if ranks.rank == 0:
+            newer = open_run(thread_ranks(1)[0], tmp_path)
+            save(newer, 1, wait=True)
+        ranks.exchange("taken over", None)
+        before = everything(tmp_path)
+        with pytest.raises(Superseded, match="attempt 2 .*has taken over from attempt 1"):
+            save(run, 2, wait=True)
+        ranks.exchange("failed", None)
+        after = everything(tmp_path)
+        run.close()
+        log = str(tmp_path / layout.EVENTS)
+        return {path for path in before.keys() | after.keys() if before.get(path) != after.get(path)} <= {log}
+
+    assert on_ranks(2, work) == [True, True]
+    assert names(tmp_path) == ["step-00000001", "step-00000001.2"]
+
+
+# After the commit
+
+
+def test_what_is_not_kept_is_deleted_what_is_labelled_is_found_and_left_overs_are_swept(tmp_path):
+    def work(ranks):
+        run = open_run(ranks, tmp_path, keeping=KeepNewest(2))
+        if ranks.rank == 0:
+            (tmp_path / ".draft-left-over").write_bytes(b"")
+        for step in (1, 2, 3):
+            save(run, step, wait=True)
+        run.close()
+
+    on_ranks(2, work)
+    assert names(tmp_path) == ["step-00000002", "step-00000003"]
+    assert (tmp_path / layout.LATEST).readlink().name == "step-00000003"
+    assert not list(tmp_path.glob(".draft-*")) and not list(tmp_path.glob(".trash-*"))
+    assert [(event["event"], event.get("name")) for event in events(tmp_path)] == [
+        *(("saved", "step-00000001"), ("saved", "step-00000002")),
+        *(("deleted", "step-00000001"), ("saved", "step-00000003")),
+    ]
+
+
+def test_checkpoints_of_another_run_are_neither_counted_nor_deleted(tmp_path):
+    def other(ranks):
+        run = open_run(ranks, tmp_path)
+        for step in (1, 2):
+            save(run, step, wait=True)
+        run.close()
+
+    def work(ranks):
+        run = open_run(ranks, tmp_path, keeping=KeepNewest(1), continues="")
+        for step in (3, 4):
+            save(run, step, wait=True)
+        run.close()
+
+    on_ranks(1, other)
+    on_ranks(1, work)
+    assert names(tmp_path) == ["step-00000001", "step-00000002", "step-00000004"]
+
+
+def test_what_the_leader_does_with_a_record_comes_before_retention(tmp_path):
+    def work(ranks):
+        run = open_run(ranks, tmp_path, keeping=KeepNewest(1))
+        save(run, 1, wait=True)
+        seen = []
+        save(run, 2, wait=True, then=lambda record: seen.append((record.name, names(tmp_path))))
+        run.close()
+        return seen
+
+    assert on_ranks(2, work) == [[("step-00000002", ["step-00000001", "step-00000002"])], []]
+
+
+def operations_after_the_commit(root) -> range:
+    store = FaultyStore(LocalStore(root))
+
+    def work(ranks):
+        run = open_run(ranks, root, store=store, keeping=KeepNewest(1))
+        save(run, 1, wait=True)
+        store.operations.clear()
+        save(run, 2, wait=True)
+        return list(store.operations)
+
+    (operations,) = on_ranks(1, work)
+    return range(operations.index("publish step-00000002.committed") + 1, len(operations))
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
+def test_whatever_fails_after_the_commit_is_a_warning_and_tried_again(tmp_path, caplog, code):
+    roots = [tmp_path / str(nth) for nth in range(40)]
+    for root in roots:
+        root.mkdir()
+    moments = operations_after_the_commit(roots[-1])
+    assert len(moments) >= 5
+    for moment in moments:
+        root = roots[moment]
+        store = FaultyStore(LocalStore(root), error=OSError(code, os.strerror(code)))
+
+        def work(ranks, store=store, root=root, moment=moment):
+            run = open_run(ranks, root, store=store, keeping=KeepNewest(1))
+            save(run, 1, wait=True)
+            store.operations.clear()
+            store.fail_at = moment
+            record = save(run, 2, wait=True)
+            assert record.name == "step-00000002" and "step-00000002" in names(root)
+            store.fail_at = None
+            save(run, 3, wait=True)
+            run.close()
+
+        caplog.clear()
+        on_ranks(1, work)
+        assert [record.levelno for record in caplog.records if record.levelno > logging.INFO] == [logging.WARNING]
+        assert os.strerror(code) in caplog.text
+        assert names(root) == ["step-00000003"], moment
+        assert not list(root.glob(".trash-*")) and len(list(root.glob("step-*"))) == 2, moment
+
+
+def test_an_event_handler_that_raises_costs_nothing(tmp_path, caplog):
+    heard = []
+
+    def handler(event):
+        heard.append(event["event"])
+        raise KeyError("of the user's own")
+
+    def work(ranks):
+        run = open_run(ranks, tmp_path, on_event=handler)
+        save(run, 1, wait=True)
+        with pytest.raises(SaveFailed):
+            save(run, 2, fails=True, wait=True)
+        save(run, 3, wait=True)
+        run.close()
+
+    on_ranks(2, work)
+    assert heard == ["saved", "failed", "saved"] and "on_event raised for 'saved': KeyError" in caplog.text
+    assert names(tmp_path) == ["step-00000001", "step-00000003"]
+
+
+def test_a_save_is_told_once_with_what_it_cost(tmp_path, caplog):
+    def work(ranks):
+        run = open_run(ranks, tmp_path)
+        save(run, 1)
+        run.close()
+
+    with caplog.at_level(logging.INFO, "distckpt"):
+        on_ranks(3, work)
+    (told,) = [record.getMessage() for record in caplog.records if "saved" in record.getMessage()]
+    assert told.startswith("saved step-00000001 (interval)  blocked 0.") and "loss 1" in told
+    (event,) = events(tmp_path)
+    assert event["durable_seconds"] >= event["blocked_seconds"] and set(event["phases"]) == {"agree", "write", "commit"}
+    assert event["step"] == 1 and event["metrics"] == {"loss": 1.0} and event["total_bytes"] > 0
+
+
+# Labels
+
+
+def test_a_new_label_is_on_disk_when_the_run_is_settled(tmp_path):
+    def work(ranks):
+        run = open_run(ranks, tmp_path)
+        record = save(run, 1, wait=True)
+        run.relabel(record.with_metrics({"acc": 0.5}, ("best",)))
+        run.settle()
+        told = run.known_records()
+        run.close()
+        return told, run.record.metrics
+
+    (known, metrics), other = on_ranks(2, work)
+    (record,) = scan(LocalStore(tmp_path)).records
+    assert known == [record] and record.metrics == {"loss": 1.0, "acc": 0.5} == metrics and "best" in record.reasons
+    assert other == ([], metrics)
+
+
+def test_a_label_for_what_retention_has_deleted_since_brings_nothing_back(tmp_path):
+    def work(ranks):
+        run = open_run(ranks, tmp_path, keeping=KeepNewest(1))
+        older = save(run, 1, wait=True)
+        save(run, 2)
+        run.relabel(older.with_metrics({"acc": 0.5}))
+        run.close()
+
+    on_ranks(2, work)
+    assert [path.name for path in sorted(tmp_path.glob("step-*"))] == ["step-00000002", "step-00000002.committed"]
+
+
+# Restoring
+
+
+def test_a_restore_waits_for_the_save_in_flight(tmp_path):
+    def work(ranks):
+        run = open_run(ranks, tmp_path)
+        save(run, 1)
+        restored = run.restore()
+        run.close()
+        return restored.record.name, restored.snapshot.own["rng"]
+
+    assert on_ranks(2, work) == [("step-00000001", {"rank": rank, "step": 1}) for rank in range(2)]
+
+
+def test_what_a_resume_found_damaged_is_left_alone_and_not_counted(tmp_path):
+    def first(ranks):
+        run = open_run(ranks, tmp_path)
+        for step in (1, 2):
+            save(run, step, wait=True)
+        run.close()
+
+    def second(ranks):
+        run = open_run(ranks, tmp_path, keeping=KeepNewest(1))
+        restored = run.restore()
+        assert isinstance(restored, Restored) and restored.skipped == ("step-00000002",)
+        save(run, 3, wait=True)
+        run.close()
+        return restored.record.name
+
+    on_ranks(2, first)
+    (tmp_path / "step-00000002" / layout.rank_file(1)).write_bytes(b"damaged")
+    assert on_ranks(2, second) == ["step-00000001"] * 2
+    assert names(tmp_path) == ["step-00000002", "step-00000003"]
