@@ -10,8 +10,9 @@ import errno
 import logging
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
+from typing import Any
 
 from distckpt import layout, strict_json
 from distckpt.attempt import Attempt
@@ -24,6 +25,8 @@ _log = logging.getLogger("distckpt")
 
 # Not there, not a file, a link to somewhere else, larger than it can be, or bytes that the disk has lost.
 _LASTING = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.ELOOP, errno.ENXIO, errno.EFBIG, errno.EIO}
+
+_IN_BOTH = {one.name for one in fields(Record)} & {one.name for one in fields(Manifest)} - {"version"}
 
 
 @dataclass(frozen=True)
@@ -307,34 +310,20 @@ def refuse_newer(listing: Listing) -> None:
 def _record(name: str, manifest: Manifest, content_bytes: int, content_xxh3_128: str) -> Record:
     return Record(
         name=name,
-        progress=manifest.progress,
-        format=manifest.format,
-        world_size=manifest.world_size,
-        reasons=manifest.reasons,
-        created=manifest.created,
-        run=manifest.run,
-        attempt=manifest.attempt,
-        serial=manifest.serial,
         total_bytes=manifest.total_bytes,
         content_bytes=content_bytes,
         content_xxh3_128=content_xxh3_128,
-        metrics=manifest.metrics,
+        **_said_by_both(manifest),
     )
 
 
 def _manifest_of_file(record: Record, file: FileEntry) -> Manifest:
-    return Manifest(
-        progress=record.progress,
-        format=record.format,
-        world_size=record.world_size,
-        reasons=record.reasons,
-        created=record.created,
-        run=record.run,
-        attempt=record.attempt,
-        serial=record.serial,
-        files=(file,),
-        metrics=record.metrics,
-    )
+    return Manifest(files=(file,), **_said_by_both(record))
+
+
+def _said_by_both(one: Manifest | Record) -> dict[str, Any]:
+    """What a record repeats of its manifest, so that a listing need not read manifests."""
+    return {name: getattr(one, name) for name in _IN_BOTH}
 
 
 def _now() -> str:
