@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import pkgutil
 from collections.abc import Callable
 from datetime import timedelta
@@ -11,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from distckpt import stores
+from distckpt import formats, stores
+from distckpt.formats import Format
 from distckpt.ranks import Ranks
 from distckpt.ranks.process_group import detect
 from distckpt.stores import Store
@@ -24,6 +26,12 @@ MAKERS: dict[str, Callable[[Path], Store]] = {"local": LocalStore}
 
 def modules_in(package: ModuleType) -> set[str]:
     return {module.name for module in pkgutil.iter_modules(package.__path__)}
+
+
+def formats_in_their_folder() -> dict[str, Format]:
+    """Every module of distckpt/formats that has a ``FORMAT`` is one, by its name."""
+    modules = [importlib.import_module(f"{formats.__name__}.{name}") for name in modules_in(formats)]
+    return {module.FORMAT.name: module.FORMAT for module in modules if hasattr(module, "FORMAT")}
 
 
 @pytest.fixture(params=sorted(modules_in(stores)))
@@ -71,3 +79,8 @@ JOBS = {"solo": ("solo", 1), "2 threads": ("threads", 2), "4 threads": ("threads
 @pytest.fixture(params=sorted(JOBS))
 def job(request: pytest.FixtureRequest, run_ranks: Callable[..., list[Any]]) -> Job:
     return Job(*JOBS[request.param], run_ranks)
+
+
+@pytest.fixture(params=sorted(formats_in_their_folder()))
+def format(request: pytest.FixtureRequest) -> Format:
+    return formats_in_their_folder()[request.param]
