@@ -80,6 +80,8 @@ class Writer:
         while (next_job := self._next()) is not None:
             job, future = next_job
             try:
+                if not future.set_running_or_notify_cancel():
+                    continue
                 future.set_result(job())
             except BaseException as error:  # raised by the training thread, when it asks the future
                 future.set_exception(error)

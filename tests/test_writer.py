@@ -35,6 +35,23 @@ def test_an_error_is_in_the_future_of_its_job_and_the_next_job_runs(writer):
     assert after.result(5) == "done"
 
 
+def test_a_job_that_was_cancelled_in_time_does_not_run_and_the_next_one_does(writer):
+    go, done = threading.Event(), []
+    writer.submit(lambda: go.wait(5))
+    cancelled, after = writer.submit(lambda: done.append("cancelled")), writer.submit(lambda: done.append("after"))
+    assert cancelled.cancel()
+    go.set()
+    after.result(5)
+    assert done == ["after"] and writer.wait(5)
+
+
+def test_even_what_would_end_a_program_is_in_the_future_of_its_job(writer):
+    failed, after = writer.submit(sys.exit), writer.submit(lambda: "done")
+    with pytest.raises(SystemExit):
+        failed.result(5)
+    assert after.result(5) == "done"
+
+
 def test_it_is_busy_until_the_job_ends_and_waiting_is_bounded(writer):
     go = threading.Event()
     future = writer.submit(lambda: go.wait(5))
