@@ -65,23 +65,24 @@ class Requests:
         A look at a flag, unless something was asked: then it may wait until all ranks have named their boundary.
 
         Raises:
-            RankFailure: where a rank did not name its boundary in time.
+            RankFailure: where a rank did not name its boundary in time: what was asked is then forgotten on all. It is
+                raised at a boundary at which nothing is due, as others may act on that here.
         """
         due: list[Request] = []
         with self._changed:
             self._boundary = boundary
             while self._named:
                 request, named, agreed = self._named[0]
-                if agreed is None and boundary >= named:
-                    agreed = self._wait_for_agreement()
+                if agreed is None and boundary >= named and self._wait_for_agreement():
+                    continue
                 if agreed is None or boundary < agreed:
                     break
                 self._named.popleft()
                 due.append(request)
+            if self._failure is None or due:
+                return due
             failure, self._failure = self._failure, None
-        if failure is not None:
-            raise failure
-        return due
+        raise failure
 
     def close(self) -> None:
         """Nothing is asked any more. Safe to call twice."""
@@ -91,24 +92,23 @@ class Requests:
         if self._thread.is_alive():
             self._thread.join(2 * _PATIENCE_SECONDS + 1)
 
-    def _wait_for_agreement(self) -> int | None:
-        def is_settled() -> bool:
-            return self._closed or not self._named or self._named[0][2] is not None
-
+    def _wait_for_agreement(self) -> bool:
+        """Whether the first that was asked is agreed on, or forgotten, as not all could be heard."""
+        first = self._named[0]
         # The exchange in the listener has a deadline of its own; this one only guards against its death.
-        self._changed.wait_for(is_settled, 3 * self._timeout.total_seconds() + 10)
-        return self._named[0][2] if self._named else None
+        self._changed.wait_for(
+            lambda: self._closed or not self._named or self._named[0] is not first,
+            3 * self._timeout.total_seconds() + 10,
+        )
+        return not self._named or self._named[0] is not first
 
     def _listen(self) -> None:
         try:
             while (told := self._next()) is not None:
                 self._agree(Request(told["what"], told["why"]))
-        except RankFailure as failure:
+        except RankFailure as failure:  # the leader is gone, or what all agree through
             with self._changed:
-                if not self._closed:
-                    self._failure = failure
-                self._named.clear()
-                self._changed.notify_all()
+                self._fail(failure)
 
     def _next(self) -> Json | None:
         if not is_leader(self._ranks):
@@ -119,7 +119,7 @@ class Requests:
             return None
         with self._changed:
             self._changed.wait_for(lambda: self._asked or self._closed)
-            if not self._asked:
+            if self._closed:
                 return None
             request = self._asked.popleft()
         told = {"what": request.what, "why": request.why}
@@ -130,10 +130,21 @@ class Requests:
         with self._changed:
             named = self._boundary + 1
             self._named.append((request, named, None))
-        agreed = max(self._ranks.exchange(f"choice of a step for {request.what!r}", named))
+        try:
+            agreed = max(self._ranks.exchange(f"choice of a step for {request.what!r}", named))
+        except RankFailure as failure:
+            with self._changed:
+                self._named.pop()  # what was agreed before still is
+                self._fail(failure)
+            return
         with self._changed:
             self._named[-1] = (request, named, agreed)
             self._changed.notify_all()
+
+    def _fail(self, failure: RankFailure) -> None:
+        if not self._closed:
+            self._failure = self._failure or failure
+        self._changed.notify_all()
 
 
 class Stopwatch:

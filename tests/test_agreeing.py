@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import threading
+import time
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -15,7 +17,7 @@ from distckpt.ranks import Ranks, Solo
 from distckpt.testing import on_threads, thread_ranks
 
 SOON = timedelta(seconds=10)
-BOUNDARIES = 300
+BOUNDARIES = 1000
 
 
 def train(ranks: Ranks, asked_at: dict[int, str], meeting: threading.Barrier | None, seed: int) -> list[Any]:
@@ -27,7 +29,7 @@ def train(ranks: Ranks, asked_at: dict[int, str], meeting: threading.Barrier | N
         for boundary in range(1, BOUNDARIES + 1):
             if meeting is not None:
                 meeting.wait(20)
-            elif dawdle.random() < 0.1:
+            elif dawdle.random() < 0.03:
                 threading.Event().wait(dawdle.random() * 0.01)
             if ranks.rank == 0 and boundary in asked_at:
                 requests.ask(Request(asked_at[boundary], "because"))
@@ -70,6 +72,103 @@ def test_a_rank_that_does_not_answer_is_named_at_the_next_boundary():
             boundary += 1
             leader.due(boundary)
     leader.close()
+
+
+class Halting:
+    """Ranks whose exchanges wait until they are let: one that is stopped for a while, as by SIGSTOP."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self.may_go_on = threading.Event()
+        self.is_asked = threading.Semaphore(0)
+        self.has_answered = threading.Semaphore(0)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ranks, name)
+
+    def exchange(self, during: str, value: Any) -> list[Any]:
+        self.is_asked.release()
+        assert self.may_go_on.wait(20)
+        try:
+            return self._ranks.exchange(during, value)
+        finally:
+            self.has_answered.release()
+
+
+class Pair:
+    """The requests of a leader and of another rank, which may halt. They give each other up soon."""
+
+    def __init__(self) -> None:
+        first, second = thread_ranks(2, timeout=timedelta(seconds=0.3))
+        self.halting = Halting(second)
+        self.leader = Requests(first, SOON)
+        self.other = Requests(self.halting, SOON)
+
+    def ask(self, what: str) -> None:
+        self.leader.ask(Request(what, "asked"))
+        assert self.halting.is_asked.acquire(timeout=20)
+
+    def close(self) -> None:
+        self.halting.may_go_on.set()
+        self.other.close()
+        self.leader.close()
+
+
+@pytest.fixture
+def pair() -> Iterator[Pair]:
+    one = Pair()
+    yield one
+    one.close()
+
+
+def next_due(requests: Requests, boundary: int) -> tuple[int, list[Request] | str]:
+    """The boundary after that one at which something is due or raised, and what."""
+    while True:
+        boundary += 1
+        try:
+            if due := requests.due(boundary):
+                return boundary, due
+        except RankFailure as failure:
+            return boundary, str(failure)
+
+
+def test_a_rank_that_halted_for_too_long_costs_that_request_and_no_later_one(pair):
+    pair.ask("first")
+    at, told = next_due(pair.leader, 0)
+    pair.halting.may_go_on.set()
+    other_at, other_told = next_due(pair.other, 0)
+    assert other_told == told and "rank 1: did not come" in told
+    both = {0: (pair.leader, at), 1: (pair.other, other_at)}
+    pair.ask("second")
+    first, second = on_threads(thread_ranks(2), lambda ranks: next_due(*both[ranks.rank]))
+    assert first == second == (first[0], [Request("second", "asked")])
+
+
+def test_what_was_agreed_before_a_failure_is_done_by_all_and_the_failure_is_raised_where_nothing_is(pair):
+    far = 10**9
+    pair.other.due(far)
+    pair.halting.may_go_on.set()
+    pair.ask("agreed")
+    assert pair.halting.has_answered.acquire(timeout=20)
+    pair.halting.may_go_on.clear()
+    pair.ask("forgotten")
+    assert "rank 1: did not come" in next_due(pair.leader, 0)[1]
+    pair.halting.may_go_on.set()
+    for requests in (pair.leader, pair.other):
+        assert requests.due(far + 1) == [Request("agreed", "asked")]
+    with pytest.raises(RankFailure, match="rank 1: did not come"):
+        pair.other.due(far + 2)
+
+
+def test_what_is_asked_at_the_end_is_not_waited_for():
+    leader, other = (Requests(ranks, SOON) for ranks in thread_ranks(2))
+    other.close()
+    began = time.monotonic()
+    with leader._changed:  # so that the listener sees both at once
+        leader.ask(Request("save", "asked"))
+        leader._closed = True
+    leader.close()
+    assert time.monotonic() - began < 1
 
 
 def test_close_ends_the_thread_of_every_rank():

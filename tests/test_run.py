@@ -113,6 +113,7 @@ def test_a_directory_that_another_process_holds_is_refused_on_all_ranks(tmp_path
     mine, theirs = multiprocessing.Pipe()
     other = multiprocessing.get_context("fork").Process(target=hold, args=(theirs,), daemon=True)
     other.start()
+    assert mine.poll(20), "the other process hangs"
     pid = mine.recv()
     refused = on_threads(thread_ranks(3), lambda ranks: open_run(ranks, tmp_path))
     other.kill()
