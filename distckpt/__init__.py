@@ -26,26 +26,6 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "Checkpointer": "distckpt.checkpointer",
-    "CheckpointHook": "distckpt.hook",
-    **dict.fromkeys(
-        (
-            "DamagedCheckpoint",
-            "DirectoryInUse",
-            "DistckptError",
-            "NewerVersion",
-            "NoCheckpoint",
-            "RankFailure",
-            "RestoreError",
-            "SaveFailed",
-            "StateMismatch",
-            "Superseded",
-        ),
-        "distckpt.errors",
-    ),
-}
-
 __all__ = [
     "CheckpointHook",
     "Checkpointer",
@@ -60,6 +40,12 @@ __all__ = [
     "StateMismatch",
     "Superseded",
 ]
+
+_HOMES = {
+    **dict.fromkeys(__all__, "distckpt.errors"),
+    "Checkpointer": "distckpt.checkpointer",
+    "CheckpointHook": "distckpt.hook",
+}
 
 
 def __getattr__(name: str) -> Any:

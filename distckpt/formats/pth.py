@@ -190,7 +190,7 @@ def _check_sums(data: memoryview, path: str) -> None:
     try:
         with zipfile.ZipFile(stream) as archive:
             broken = archive.testzip()
-    except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
+    except (zipfile.BadZipFile, OSError, EOFError, ValueError, RuntimeError) as error:
         raise DamagedCheckpoint(f"{path} is no whole file of torch.save: {error}") from error
     if broken is not None:
         raise DamagedCheckpoint(f"{path}: its bytes changed; the checksum of {ascii(broken)} in it does not match")

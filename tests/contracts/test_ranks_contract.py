@@ -198,9 +198,8 @@ def test_a_leader_that_ends_after_a_failure_lets_the_others_learn_it_first(job, 
 # Deadlines
 
 
+@pytest.mark.parametrize("job", ["2 threads", "4 threads", "2 processes"], indirect=True)  # alone there is none
 def test_a_rank_that_does_not_come_is_named_on_all_others_within_the_deadline(job):
-    if job.world_size == 1:
-        pytest.skip("there is nobody to wait for")
     gone = threading.Event()  # thread ranks wait for it, so that the board outlives the talk
 
     def talk(ranks):
