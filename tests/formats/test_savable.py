@@ -46,6 +46,7 @@ SAVABLE = {
 
 REFUSED = {
     "sparse_coo": lambda: torch.eye(3).to_sparse(),
+    "Tensor of torch.float32, torch.sparse_coo": lambda: torch.empty(0, 3).to_sparse(),
     "sparse_csr": lambda: torch.eye(3).to_sparse_csr(),
     "meta": lambda: torch.empty(3, device="meta"),
     "on meta": lambda: torch.empty(0, device="meta"),
@@ -95,9 +96,9 @@ def one_rank(tmp_path: Path) -> Any:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("wrapped", [lambda tensor: tensor, nn.Parameter])
-def test_a_tensor_that_is_sharded_over_ranks_is_refused(one_rank, wrapped):
-    sharded = wrapped(dist.tensor.distribute_tensor(torch.ones(4), one_rank, [dist.tensor.Shard(0)]))
+@pytest.mark.parametrize("make", [lambda: torch.ones(4), lambda: nn.Parameter(torch.ones(4)), lambda: torch.empty(0)])
+def test_a_tensor_that_is_sharded_over_ranks_is_refused(one_rank, make):
+    sharded = dist.tensor.distribute_tensor(make(), one_rank, [dist.tensor.Shard(0)])
     assert not is_savable(sharded)
     with pytest.raises(TypeError, match=r"^model\.layer\.weight is sharded over ranks \(a DTensor\)"):
         check_savable(sharded, "model.layer.weight")
@@ -123,6 +124,7 @@ def test_what_reads_the_same_memory_the_same_way_is_tied(other):
         (BASE, BASE.T),
         (BASE, BASE.view(4)),
         (BASE, BASE.view(torch.int64)),
+        (BASE[0], BASE[0, :1]),
         (BASE[0], BASE[1]),
         (BASE[0], BASE[:, 0]),
         (COMPLEX, COMPLEX.conj()),
