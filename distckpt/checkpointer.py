@@ -15,8 +15,10 @@ from distckpt import environment
 from distckpt.best import Metric, parse_metrics
 from distckpt.buffers import parse_mode, sync_buffers
 from distckpt.catalog import scan
-from distckpt.formats import Snapshot
-from distckpt.formats.full import FORMAT as FULL
+from distckpt.engine.memory import expected_bytes
+from distckpt.engine.stager import LEAST_ARENA_BYTES, Mode, Stager
+from distckpt.formats import Snapshot, Staged
+from distckpt.formats.full import Full
 from distckpt.formats.known import get_format
 from distckpt.judging import Judge
 from distckpt.keeping import LabelledKeeping
@@ -29,11 +31,10 @@ from distckpt.resuming import best_of, name_of, resume, start_from
 from distckpt.run import Run
 from distckpt.saving import Job
 from distckpt.schedule import Interval, Schedule
-from distckpt.snapshot import Stager
 from distckpt.state import Parts
 from distckpt.stores.local import LocalStore
 from distckpt.triggers import Triggers
-from distckpt.words import check_choice, check_flags, refuse_unknown
+from distckpt.words import check_bytes, check_choice, check_flags, refuse_unknown
 
 _log = logging.getLogger("distckpt")
 
@@ -61,6 +62,12 @@ class Checkpointer:
         keep_bytes: the budget of the directory, e.g. ``"2TB"``. The oldest go first, never the newest or a best.
         format: ``"full"``, or ``"auto"``, which today is the same: rank 0 writes one file for each part.
         async_save: whether training goes on while a save is written.
+        snapshot: ``"eager"``: a save stops training until the state is copied into host memory. ``"lazy"``: until that
+            is copied which may change before the optimizer's next step; weights and moments are copied beside the next
+            forward and backward, and the optimizer waits for them. ``"auto"``: lazy, unless training itself uses all
+            cores of the CPU, where that would cost more. Before changing weights otherwise, call `wait_staged`.
+        arena_bytes: how much host memory rank 0 may take for that; None: as much as the state. Where that is less
+            than the state, a save stops training until all but so much is written.
         when_busy: what a save does that is due before the last one is durable: ``"wait"`` for it, or ``"skip"``.
         sync_buffers: how buffers are made equal over ranks before a save: ``"mean"``, ``"broadcast"`` (both from
             rank 0 where they are integers) or False. It changes the buffers that training goes on with.
@@ -97,6 +104,8 @@ class Checkpointer:
         keep_bytes: str | int | None = None,
         format: Literal["auto", "full"] = "auto",
         async_save: bool = True,
+        snapshot: Mode = "auto",
+        arena_bytes: int | None = None,
         when_busy: Literal["wait", "skip"] = "wait",
         sync_buffers: Literal["mean", "broadcast", False] = "mean",
         per_rank: Collection[str] | None = None,
@@ -109,6 +118,8 @@ class Checkpointer:
         check_flags(by_epoch=by_epoch, save_last=save_last, async_save=async_save)
         check_choice("format", format, ("auto", "full"))
         check_choice("when_busy", when_busy, ("wait", "skip"))
+        check_choice("snapshot", snapshot, ("auto", "eager", "lazy"))
+        check_bytes("arena_bytes", arena_bytes, least=LEAST_ARENA_BYTES)
         if not isinstance(timeout, timedelta):
             raise TypeError(f"timeout should be a datetime.timedelta, is {timeout!r}")
         if timeout <= timedelta(0):
@@ -135,7 +146,7 @@ class Checkpointer:
         self._when_busy = when_busy
         self._init_from = os.fspath(init_from) if init_from is not None else None
         self._parts = Parts(state, per_rank)
-        self._shared_stager, self._own_stager = Stager(), Stager()
+        self._format = Full()
 
         store = LocalStore(out_dir)
         ranks = detect(timeout)
@@ -145,12 +156,15 @@ class Checkpointer:
         self._run = Run(
             store,
             ranks=ranks,
-            format=FULL,
+            format=self._format,
             get_format=get_format,
             keeping=keeping,
             timeout=timeout,
             on_event=on_event,
         )
+        self._stager = Stager(snapshot, arena_bytes=arena_bytes, modules=self._parts.modules.values())
+        if is_leader(ranks):
+            self._stager.reserve(expected_bytes(self._parts.shared.values()))
         self._ranks = ranks
         self._timeout = timeout
         self._environment = environment.describe()
@@ -300,6 +314,12 @@ class Checkpointer:
         """
         self._run.settle(timeout)
 
+    def wait_staged(self) -> None:
+        """Weights may be changed: none is being copied any more. Optimizers, and ``load_state_dict`` of the modules in
+        ``state``, wait by themselves; whoever changes them otherwise (``p.data.clamp_()``) calls this before. Not
+        collective."""
+        self._stager.wait_staged()
+
     def close(self) -> None:
         """All is saved that should be, durable, and the directory is free. Collective. Safe to call twice.
 
@@ -313,7 +333,7 @@ class Checkpointer:
                 elif self._progress.step > 0:
                     self._save("last")
         finally:
-            self._run.close()
+            self._end()
 
     def __enter__(self) -> Self:
         return self
@@ -324,7 +344,7 @@ class Checkpointer:
         if kind is None:
             self.close()
         else:
-            self._run.close()  # what the failed step left of the state is not worth keeping
+            self._end()  # what the failed step left of the state is not worth keeping
 
     @property
     def should_stop(self) -> bool:
@@ -378,14 +398,20 @@ class Checkpointer:
         job = Job(self._progress, reasons, self._take, metrics=self._metrics, environment=self._environment)
         self._run.save(job, began=began, wait=not self._async_save or self._triggers.should_stop)
 
+    def _end(self) -> None:
+        try:
+            self._run.close()
+        finally:
+            self._stager.close()
+
     def _is_busy(self) -> bool:
         # Whether a writer is done is seen by each rank at another time, so one of them says.
         return bool(from_leader(self._ranks, "look at the writer", lambda: self._run.is_busy))
 
-    def _take(self) -> Snapshot:
+    def _take(self) -> Staged:
         shared = self._parts.capture_shared(is_leader=is_leader(self._ranks))
-        staged = self._shared_stager.copy(shared) if is_leader(self._ranks) else {}
-        return Snapshot(staged, self._own_stager.copy(self._parts.capture_own()))
+        state = Snapshot(shared if is_leader(self._ranks) else {}, self._parts.capture_own())
+        return self._stager.take(self._format.lay_out(state, self._ranks.rank))
 
     def _is_best(self, numbers: Mapping[str, float | None]) -> bool:
         self._run.collect()  # a save in flight may be the best so far, which its record will say

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Protocol
 
@@ -15,7 +15,7 @@ from distckpt.agreeing import Request, Requests
 from distckpt.attempt import Attempt, Holder
 from distckpt.catalog import Catalog
 from distckpt.errors import DistckptError
-from distckpt.formats import Format, Snapshot
+from distckpt.formats import Format, Staged
 from distckpt.manifest import Record
 from distckpt.progress import Progress
 from distckpt.ranks import Ranks, from_leader, is_leader, together
@@ -87,7 +87,7 @@ class Run:
         self._writer_ranks = ranks.fork("writer")
         self._writer = Writer("distckpt-writer", exit_seconds=timeout.total_seconds())
         self._saves = 0
-        self._pending: tuple[int, Progress, Future[Record]] | None = None
+        self._pending: _Pending | None = None
         self._failure: DistckptError | None = None
         self._damaged: set[str] = set()
         self._known: list[Record] = []
@@ -102,8 +102,8 @@ class Run:
         is its record.
 
         Args:
-            job: its ``snapshot`` is taken now, on this thread, once the save before has ended and its memory is free.
-                What it raises is raised on all ranks when the save is settled.
+            job: its ``snapshot`` is taken and staged now, on this thread, once the save before has ended and its
+                memory is free. What that raises is raised on all ranks when the save is settled.
             began: ``time.monotonic()`` when training stopped for this save.
             then: what the leader does with the record, after the commit and before retention.
 
@@ -115,10 +115,16 @@ class Run:
         self.collect()
         self._saves += 1
         number = self._saves
-        taken = replace(job, snapshot=_now(job.snapshot))
-        blocked_seconds = None if wait else time.monotonic() - began
-        future = self._writer.submit(lambda: self._save(number, taken, then, began, blocked_seconds))
-        self._pending = (number, job.progress, future)
+        taken = _now(job.snapshot)
+        staged: Future[float] = Future()
+        blocked = None if wait else staged.result
+        future = self._writer.submit(
+            lambda: self._save(number, replace(job, snapshot=taken.result), then, began, blocked)
+        )
+        self._pending = _Pending(number, job.progress, future, taken)
+        if taken.exception() is None:
+            taken.result().stage()
+        staged.set_result(time.monotonic() - began)
         self.saved = job.progress
         if wait:
             self.collect()
@@ -142,15 +148,17 @@ class Run:
         """As `settle`, but a failure is kept for `raise_failure`: what else is to be done comes first."""
         if self._pending is None:
             return
-        number, progress, future = self._pending
+        pending = self._pending
         timeout = self.timeout if timeout is None else timeout
         try:
-            self.record = future.result(timeout.total_seconds())
+            if pending.taken.exception() is None:
+                pending.taken.result().settle()
+            self.record = pending.future.result(timeout.total_seconds())
         except TimeoutError:
-            raise TimeoutError(f"save {number} has not ended within {timeout}; it goes on") from None
+            raise TimeoutError(f"save {pending.number} has not ended within {timeout}; it goes on") from None
         except DistckptError as failure:
             self._failure = self._failure or failure
-            if self.saved == progress:
+            if self.saved == pending.progress:
                 self.saved = None  # so that it is tried again
         self._pending = None
 
@@ -176,7 +184,7 @@ class Run:
         """
         due = self.requests.due(step)
         for request in due:
-            if request.what == _FAILURE and self._pending is not None and str(self._pending[0]) == request.why:
+            if request.what == _FAILURE and self._pending is not None and str(self._pending.number) == request.why:
                 self.collect()
         return [request for request in due if request.what != _FAILURE]
 
@@ -297,18 +305,18 @@ class Run:
         job: Job,
         then: Callable[[Record], None] | None,
         began: float,
-        blocked_seconds: float | None,
+        blocked: Callable[[], float] | None,
     ) -> Record:
         catalog = self.catalog
 
-        def after(record: Record, seconds: Mapping[str, float]) -> None:
+        def after(record: Record, seconds: Mapping[str, float], measures: Mapping[str, float]) -> None:
             durable = time.monotonic() - began
             if then is not None:
                 self._guarded("labels", lambda: then(record))
             if catalog is not None:
                 self._guarded("retention", lambda: self.keep(catalog))
-            blocked = durable if blocked_seconds is None else blocked_seconds
-            self._guarded("report", lambda: self._tell_saved(record, seconds, blocked, durable))
+            blocking = durable if blocked is None else blocked()
+            self._guarded("report", lambda: self._tell_saved(record, seconds, measures, blocking, durable))
 
         try:
             return save(
@@ -326,7 +334,14 @@ class Run:
                 self.requests.ask(Request(_FAILURE, str(number)))
             raise
 
-    def _tell_saved(self, record: Record, seconds: Mapping[str, float], blocked: float, durable: float) -> None:
+    def _tell_saved(
+        self,
+        record: Record,
+        seconds: Mapping[str, float],
+        measures: Mapping[str, float],
+        blocked: float,
+        durable: float,
+    ) -> None:
         self.tell(
             "saved",
             name=record.name,
@@ -336,7 +351,9 @@ class Run:
             total_bytes=record.total_bytes,
             blocked_seconds=round(blocked, 4),
             durable_seconds=round(durable, 4),
+            gb_per_second=round(record.total_bytes / durable / 1e9, 3),
             phases=dict(seconds),
+            engine=dict(measures),
         )
         told = "".join(f"  {name} {value:.6g}" for name, value in record.metrics.items())
         _log.info(
@@ -357,11 +374,21 @@ class Run:
             _log.warning("%s: %s of the run failed, and will be tried again: %s", self.store.url, what, error)
 
 
-def _now(take: Callable[[], Snapshot]) -> Callable[[], Snapshot]:
-    """``take`` is called now; the result gives what it returned, or raises what it raised."""
-    taken: Future[Snapshot] = Future()
+@dataclass(frozen=True)
+class _Pending:
+    """A save that nobody has collected yet."""
+
+    number: int
+    progress: Progress
+    future: Future[Record]
+    taken: Future[Staged]
+
+
+def _now(take: Callable[[], Staged]) -> Future[Staged]:
+    """What ``take`` returned, or raised."""
+    taken: Future[Staged] = Future()
     try:
         taken.set_result(take())
     except Exception as error:  # raised on all ranks, by the save that follows
         taken.set_exception(error)
-    return taken.result
+    return taken

@@ -13,10 +13,11 @@ from distckpt.best import Metric, ranking
 from distckpt.buffers import sync_buffers
 from distckpt.catalog import Catalog
 from distckpt.contest import Contest, Verdict, is_link, links
+from distckpt.engine.stager import Stager
 from distckpt.errors import DistckptError
-from distckpt.formats import Snapshot
+from distckpt.formats import Snapshot, Staged
 from distckpt.formats.known import get_format
-from distckpt.formats.pth import FORMAT
+from distckpt.formats.pth import Pth
 from distckpt.hook_words import Extras
 from distckpt.linked_keeping import LAST, LinkedKeeping
 from distckpt.manifest import Record
@@ -27,9 +28,8 @@ from distckpt.ranks import Json, from_leader, is_leader
 from distckpt.ranks.process_group import detect
 from distckpt.retention import BEST
 from distckpt.run import Run
-from distckpt.runner_state import capture, module_of, stage
+from distckpt.runner_state import capture, module_of, to_plain
 from distckpt.saving import Job
-from distckpt.snapshot import Stager
 from distckpt.stores.local import LocalStore
 
 _log = logging.getLogger("distckpt")
@@ -52,6 +52,7 @@ class RunnerRun:
         self.contest = contest
         self._extras = extras
         self._stager = Stager()
+        self._format = Pth()
         self._told_of_code = False
         self._errors = 0
         self._pointer = Pointer(LocalStore(work_dir))
@@ -62,7 +63,7 @@ class RunnerRun:
             self.run = Run(
                 LocalStore(out_dir),
                 ranks=ranks,
-                format=FORMAT,
+                format=self._format,
                 get_format=get_format,
                 keeping=LinkedKeeping(extras.keeping, contest, by_epoch=by_epoch, pointed=self._pointer.name),
                 timeout=extras.timeout,
@@ -219,7 +220,7 @@ class RunnerRun:
                 if is_loose and entry.endswith(record.name) and _is_one_file(self.path(entry), self.path(record.name)):
                     store.delete(entry)
 
-    def _take(self, runner: Any, progress: Progress, parts: Mapping[str, bool]) -> Snapshot:
+    def _take(self, runner: Any, progress: Progress, parts: Mapping[str, bool]) -> Staged:
         leads = is_leader(self.run.ranks)
         checkpoint = capture(
             runner,
@@ -228,13 +229,12 @@ class RunnerRun:
             save_optimizer=parts["save_optimizer"],
             save_param_scheduler=parts["save_param_scheduler"],
         )
-        if not leads:
-            return Snapshot()
-        staged, left = stage(checkpoint, self._stager)
+        left: list[str] = []
+        state = {key: to_plain(value, key, left) for key, value in checkpoint.items()} if leads else {}
         if left and not self._told_of_code:
             self._told_of_code = True
             _log.warning("torch.load(weights_only=True) will not read the checkpoints, for: %s", ", ".join(left[:10]))
-        return Snapshot(shared=staged)
+        return self._stager.take(self._format.lay_out(Snapshot(shared=state), self.run.ranks.rank))
 
     def _point(self, record: Record, wins: Mapping[str, float], *, moves: bool) -> None:
         try:

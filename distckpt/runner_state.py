@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from distckpt.progress import Progress
-from distckpt.snapshot import Stager
 
 # Exactly these pass as they are; what is derived from them becomes one of them.
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, bytearray)
@@ -48,19 +47,6 @@ def capture(
     if hasattr(runner, "call_hook"):
         runner.call_hook("before_save_checkpoint", checkpoint=checkpoint)
     return checkpoint
-
-
-def stage(checkpoint: Mapping[str, Any], stager: Stager) -> tuple[dict[str, Any], list[str]]:
-    """A copy of ``checkpoint`` on the host, which training cannot change, in plain types; and the places of values
-    that have none, so that the file can only be unpickled."""
-    left: list[str] = []
-    told = {key: to_plain(value, key, left) for key, value in checkpoint.items()}
-    staged = stager.copy(told)
-    for key, value in told.items():
-        if hasattr(value, "_metadata"):  # versions of modules, by which they read older state
-            staged[key] = OrderedDict(staged[key])
-            staged[key]._metadata = value._metadata
-    return staged, left
 
 
 def to_plain(value: Any, path: str, left: list[str]) -> Any:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from distckpt.catalog import Catalog, Draft
 from distckpt.errors import DistckptError, RankFailure, SaveFailed, Superseded
-from distckpt.formats import Format, Snapshot, Written
+from distckpt.formats import Format, Staged, Written
 from distckpt.manifest import FileEntry, Manifest, Record, TensorEntry
 from distckpt.progress import Progress
 from distckpt.ranks import Json, Ranks, from_leader, is_leader, together
@@ -28,23 +28,26 @@ class Job:
     """One save, as one rank sees it.
 
     Attributes:
-        snapshot: this rank's state; raises what went wrong when it was cut, so that every rank learns it.
+        snapshot: this rank's files; raises what went wrong when they were laid out, so that every rank learns it.
         file_name: how a checkpoint of one file is called; folders are called by their step.
         environment: goes to the manifest: versions, the commit of the training code.
     """
 
     progress: Progress
     reasons: tuple[str, ...]
-    snapshot: Callable[[], Snapshot]
+    snapshot: Callable[[], Staged]
     metrics: Mapping[str, float] = field(default_factory=dict)
     file_name: str | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
 class AfterCommit(Protocol):
-    """What the leader does once a checkpoint exists: labels, retention, one line to the log."""
+    """What the leader does once a checkpoint exists: labels, retention, one line to the log.
 
-    def __call__(self, record: Record, seconds: Mapping[str, float]) -> None: ...
+    It is given the seconds of each phase, and the most that any rank measured: see `distckpt.formats.Written`.
+    """
+
+    def __call__(self, record: Record, seconds: Mapping[str, float], measures: Mapping[str, float]) -> None: ...
 
 
 def save(
@@ -67,7 +70,7 @@ def save(
         together(ranks, f"{what} (snapshot)", lambda: bool(job.snapshot()))
         draft = _to_draft(from_leader(ranks, f"{what} (begin)", lambda: _begin(catalog, job)))
         clock.lap("agree")
-        told = together(ranks, f"{what} (write)", lambda: _write(job, format, store, draft, ranks.rank))
+        told = together(ranks, f"{what} (write)", lambda: _write(job, store, draft))
         clock.lap("write")
         record = from_leader(ranks, f"{what} (commit)", lambda: _commit(catalog, draft, job, format, told, clock))
         clock.lap("commit")
@@ -77,9 +80,11 @@ def save(
         if isinstance(failure, RankFailure):
             raise SaveFailed(failure.during, failure.failures) from failure.__cause__
         raise
+    finally:
+        _release(job)
     committed = Record.from_json(record.encode(), "record")
     if is_leader(ranks):
-        after(committed, clock.seconds)
+        after(committed, clock.seconds, _most(told))
     return committed
 
 
@@ -93,13 +98,14 @@ def _to_draft(told: Json) -> Draft:
     return Draft(name, path, is_folder)
 
 
-def _write(job: Job, format: Format, store: Store, draft: Draft, rank: int) -> Json:
-    written = format.write(job.snapshot(), store, draft.path, rank)
+def _write(job: Job, store: Store, draft: Draft) -> Json:
+    written = job.snapshot().write(store, draft.path)
     if draft.is_folder and written.files:
         store.settle(draft.path)  # each client of a network file system must do it for its own names
     return {
         "files": [[file.path, file.size_bytes, file.xxh3_128] for file in written.files],
         "tensors": [[one.file, one.key, one.dtype, list(one.shape)] for one in written.tensors],
+        "measures": dict(written.measures),
     }
 
 
@@ -131,6 +137,21 @@ def _to_written(told: Any) -> Written:
         files=tuple(FileEntry(*one) for one in told["files"]),
         tensors=tuple(TensorEntry(file, key, dtype, tuple(shape)) for file, key, dtype, shape in told["tensors"]),
     )
+
+
+def _most(told: list[Json]) -> dict[str, float]:
+    """The most that any rank measured."""
+    names = dict.fromkeys(name for one in told for name in one["measures"])
+    return {name: round(max(one["measures"].get(name, 0) for one in told), 6) for name in names}
+
+
+def _release(job: Job) -> None:
+    try:
+        snapshot = job.snapshot()
+    except Exception as error:  # it was never there, and every rank was told why
+        _log.debug("there is no snapshot to release: %s", error)
+        return
+    snapshot.release()
 
 
 def _abandon(catalog: Catalog, draft: Draft) -> None:

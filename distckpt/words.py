@@ -109,3 +109,14 @@ def check_choice(word: str, value: object, choices: tuple[str, ...]) -> None:
     """``value`` is one of ``choices``; ``ValueError`` naming the word and them, if not."""
     if value not in choices:
         raise ValueError(f"{word} should be one of {', '.join(choices)}, is {value!r}")
+
+
+def check_bytes(word: str, value: object, *, least: int) -> None:
+    """``value`` is None, or a number of bytes of at least ``least``; ``TypeError`` or ``ValueError`` naming the word,
+    if not."""
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{word} should be a number of bytes, is {value!r}")
+    if value < least:
+        raise ValueError(f"{word} should be at least {least} bytes ({least >> 20} MiB), is {value}")

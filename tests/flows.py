@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch
 
 from distckpt.attempt import Attempt, Holder
 from distckpt.catalog import Catalog
-from distckpt.formats import Snapshot
+from distckpt.engine.stager import Stager
+from distckpt.formats import Format, Snapshot, Staged, Written
 from distckpt.formats.full import FORMAT
 from distckpt.formats.known import get_format
 from distckpt.manifest import Record
@@ -29,6 +31,21 @@ SOON = timedelta(seconds=5)
 def state_of(step: int) -> dict[str, Any]:
     """What a model holds after ``step`` steps."""
     return {"model": {"weight": torch.full((3, 2), float(step)), "bias": torch.arange(2) + step}}
+
+
+def take(snapshot: Snapshot, *, rank: int = 0, format: Format = FORMAT) -> Staged:
+    """The snapshot of that state, in an arena of its own, not staged yet."""
+    return Stager().take(format.lay_out(snapshot, rank))
+
+
+def write_now(format: Format, snapshot: Snapshot, store: Store, path: str, rank: int = 0) -> Written:
+    """The files of that state are written, as a save does it."""
+    staged = take(snapshot, rank=rank, format=format)
+    staged.stage()
+    try:
+        return staged.write(store, path)
+    finally:
+        staged.release()
 
 
 class Saves:
@@ -51,9 +68,13 @@ class Saves:
             if ranks.rank in absent:
                 return None
 
-            def take() -> Snapshot:
+            @cache
+            def taken() -> Staged:
                 own = {"rng": {"rank": ranks.rank, "step": step}}
-                return snapshot(ranks.rank) if snapshot else Snapshot(state_of(step), own)
+                state = snapshot(ranks.rank) if snapshot else Snapshot(state_of(step), own)
+                staged = take(state, rank=ranks.rank)
+                staged.stage()
+                return staged
 
             catalog = None
             if is_leader(ranks):
@@ -61,12 +82,12 @@ class Saves:
                 catalog._serial = self.catalog._serial
                 self.catalog._serial += 1
             return save(
-                Job(Progress(step), ("interval",), take),
+                Job(Progress(step), ("interval",), taken),
                 format=FORMAT,
                 store=self.stores[ranks.rank],
                 ranks=ranks,
                 catalog=catalog,
-                after=lambda record, seconds: None,
+                after=lambda record, seconds, measures: None,
             )
 
         return on_threads(self.ranks, work)

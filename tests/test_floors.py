@@ -17,9 +17,11 @@ FLOWS = {
     *("judging", "keeping", "linked_keeping", "pointer", "triggers"),
 }
 HANDS_WITHOUT_TORCH = {"stores.local", "ranks.board"}
+ENGINE = {"arena", "copying", "guard", "memory", "plan", "snapshot", "stager", "transfer", "witness", "writing"}
 HANDS = {
     *HANDS_WITHOUT_TORCH,
     *("formats.full", "formats.known", "formats.pth", "formats.safetensors_file", "formats.tree"),
+    *("formats.full_layout", "formats.safetensors_layout", "formats.savable"),
     *(
         "ranks.process_group",
         "buffers",
@@ -28,9 +30,9 @@ HANDS = {
         "message_hub",
         "rng",
         "runner_state",
-        "snapshot",
         "state",
     ),
+    *(f"engine.{name}" for name in ENGINE),
 }
 INTRODUCED = {"initialising", "publishing", "hook_words"}
 RESUMING = {"resuming"}
@@ -45,10 +47,12 @@ FLOORS = [
 NAMED = [name for floor in FLOORS for room in floor for name in room]
 
 ROOT = Path(__file__).parents[1] / "distckpt"
+# A folder whose first page says what it is, and nothing else.
+FOLDERS = {"engine"}
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in ROOT.rglob("*.py")
-    if path != ROOT / "__init__.py"
+    if path != ROOT / "__init__.py" and path not in {ROOT / folder / "__init__.py" for folder in FOLDERS}
 }
 
 WITHOUT_TORCH = sorted(GROUND | WORDS | RECORDS | POLICIES | CONTRACTS | FLOWS | HANDS_WITHOUT_TORCH)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from distckpt.manifest import FileEntry, Manifest, TensorEntry
 from distckpt.stores import Store
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 @dataclass(frozen=True)
 class Snapshot:
-    """One rank's state in host memory, cut at one step, by part.
+    """One rank's state, by part.
 
     The value of a part is a tree of dicts, lists, tuples, tensors and plain values, as ``state_dict`` returns it.
 
@@ -26,11 +29,96 @@ class Snapshot:
 
 
 @dataclass(frozen=True)
+class Sum:
+    """A CRC-32 (of zip files) that a file holds of its own bytes from ``begin`` to ``end``: four bytes, the lowest
+    first, at each of ``places``, all of which lie behind ``end``."""
+
+    begin: int
+    end: int
+    places: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Image:
+    """One file of a checkpoint: what will stand where, before the bytes of its tensors are there.
+
+    Texts and tensors fill the file without holes and overlaps, in any order.
+
+    Attributes:
+        path: its path in the checkpoint's folder; ``""`` where the checkpoint is this one file.
+        texts: bytes that are known already, by their offset.
+        tensors: whose elements, contiguous and in this machine's byte order, stand at that offset. They are the live
+            ones that training goes on with: nothing was copied.
+        sums: what is filled in as the bytes pass by on their way to the store.
+        entries: what the manifest says of the tensors.
+    """
+
+    path: str
+    size_bytes: int
+    texts: Sequence[tuple[int, bytes]]
+    tensors: Sequence[tuple[int, Tensor]] = ()
+    sums: Sequence[Sum] = ()
+    entries: tuple[TensorEntry, ...] = ()
+
+
+@dataclass(frozen=True)
 class Written:
-    """What one rank wrote: its files, and the tensors in them."""
+    """What one rank wrote: its files, and the tensors in them.
+
+    Attributes:
+        measures: how many seconds it took to stage, and to hash, write and fsync (``hash_seconds``), and what else is
+            worth telling: ``arena_bytes``, ``waited_seconds`` of the optimizers, ``retakes``.
+    """
 
     files: tuple[FileEntry, ...] = ()
     tensors: tuple[TensorEntry, ...] = ()
+    measures: Mapping[str, float] = field(default_factory=dict)
+
+
+class Staged(Protocol):
+    """One rank's files of a checkpoint, cut at one step, on their way to a store."""
+
+    def stage(self) -> None:
+        """Training may go on. What it may change before the optimizer's next step was copied; the rest is copied
+        beside it, and the optimizer waits for that. On the training thread, once. What goes wrong, `write` raises."""
+        ...
+
+    def settle(self) -> None:
+        """All of it was copied, or is given up. On the training thread."""
+        ...
+
+    def write(self, store: Store, path: str) -> Written:
+        """The files are written, and their bytes durable, below the folder ``path``, or as the file ``path``.
+
+        Raises:
+            what went wrong while it was staged, or ``OSError``. What was written is no part of a checkpoint then.
+        """
+        ...
+
+    def release(self) -> None:
+        """Nothing of it is needed any more: its memory may be used for the next. Safe to call twice."""
+        ...
+
+
+class Opened(Protocol):
+    """A checkpoint whose indexes one rank has read and checked, and whose tensors it has not read yet.
+
+    Attributes:
+        snapshot: its state; each tensor that is still to be read is one of its shape and dtype on the meta device.
+    """
+
+    snapshot: Snapshot
+
+    def fill(self, targets: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Each second tensor, of the same shape and dtype and on any device, holds what the first, of `snapshot`,
+        stands for. Every file that is needed for that was read once, whole, and checked against the manifest.
+
+        Raises:
+            DamagedCheckpoint: naming the file whose bytes are not those that were committed; some targets may hold
+                them.
+            OSError: where it cannot be read; some targets may have changed.
+        """
+        ...
 
 
 class Format(Protocol):
@@ -46,14 +134,17 @@ class Format(Protocol):
     is_folder: bool
     read_with: str
 
-    def write(self, snapshot: Snapshot, store: Store, path: str, rank: int) -> Written:
-        """This rank's files are written and their bytes durable. ``path`` is the folder, or the draft of the file."""
+    def lay_out(self, snapshot: Snapshot, rank: int) -> list[Image]:
+        """This rank's files for that state. Costs no copy of a tensor; what is no tensor is copied.
+
+        Raises:
+            TypeError: naming the place of a value that cannot be stored: no plain value, or a tensor that is sharded,
+                sparse or without data.
+        """
         ...
 
-    def read(self, store: Store, path: str, manifest: Manifest, rank: int, parts: Collection[str] | None) -> Snapshot:
-        """This rank's state from the checkpoint at ``path``; of ``shared``, and of ``own``, only ``parts`` if given.
-
-        Every byte that is used was checked against the manifest.
+    def open(self, store: Store, path: str, manifest: Manifest, rank: int, parts: Collection[str] | None) -> Opened:
+        """This rank's state in the checkpoint at ``path``; of ``shared``, and of ``own``, only ``parts`` if given.
 
         Raises:
             DamagedCheckpoint: naming the file whose bytes are not those that were committed.

@@ -11,11 +11,11 @@ from typing import Any
 
 from distckpt import layout, strict_json
 from distckpt.errors import DamagedCheckpoint
-from distckpt.formats import Snapshot, Written
+from distckpt.formats import Image, Snapshot
 from distckpt.formats import tree as trees
-from distckpt.formats.safetensors_file import DTYPES, Tally, read_tensors, write_tensors
-from distckpt.manifest import FileEntry, Manifest, TensorEntry, digest
-from distckpt.ranks import LEADER
+from distckpt.formats.full_layout import FullLayouts
+from distckpt.formats.safetensors_file import read_tensors
+from distckpt.manifest import FileEntry, Manifest, digest
 from distckpt.stores import Store
 
 
@@ -26,13 +26,11 @@ class Full:
     is_folder = True
     read_with = "safetensors.torch.load_file('model.safetensors')"
 
-    def write(self, snapshot: Snapshot, store: Store, path: str, rank: int) -> Written:
-        own = _write_group(store, path, layout.rank_file(rank), {layout.rank_tensors(rank): snapshot.own})
-        if rank != LEADER:
-            return own
-        groups = {layout.part_file(part): {part: state} for part, state in snapshot.shared.items()}
-        shared = _write_group(store, path, layout.STATE, groups)
-        return Written(files=shared.files + own.files, tensors=shared.tensors + own.tensors)
+    def __init__(self) -> None:
+        self._layouts = FullLayouts()
+
+    def lay_out(self, snapshot: Snapshot, rank: int) -> list[Image]:
+        return self._layouts.lay_out(snapshot, rank)
 
     def read(self, store: Store, path: str, manifest: Manifest, rank: int, parts: Collection[str] | None) -> Snapshot:
         files = {entry.path: entry for entry in manifest.files}
@@ -44,31 +42,6 @@ class Full:
 
 
 FORMAT = Full()
-
-
-def _write_group(store: Store, path: str, index: str, groups: Mapping[str, Mapping[str, Any]]) -> Written:
-    """The parts in ``groups`` are written: the tensors of each group to the file that it is named for, the rest to
-    ``index``."""
-    files: list[FileEntry] = []
-    entries: list[TensorEntry] = []
-    told: dict[str, Any] = {}
-    for file, parts in groups.items():
-        tensors = {}
-        for part, state in parts.items():
-            value, found = trees.encode(state, part)
-            # A file of one part is keyed as the part is; a rank's file holds several, told apart by their name.
-            prefix = "" if file == layout.part_file(part) else f"{part}."
-            told[part] = {"file": file, "prefix": prefix, "state": value}
-            tensors.update({prefix + key: tensor.contiguous() for key, tensor in found.items()})
-        if tensors:
-            files.append(write_tensors(store, f"{path}/{file}", tensors, file))
-            entries += [
-                TensorEntry(file, key, DTYPES[tensor.dtype], tuple(tensor.shape)) for key, tensor in tensors.items()
-            ]
-    with store.create(f"{path}/{index}") as sink:
-        tally = Tally(sink)
-        tally.write(strict_json.dump(told))
-    return Written(files=(*files, tally.entry(index)), tensors=tuple(entries))
 
 
 def _read_group(

@@ -19,9 +19,8 @@ from torch import Tensor
 from distckpt import strict_json
 from distckpt.errors import DamagedCheckpoint
 from distckpt.manifest import FileEntry
-from distckpt.stores import Sink, Source, Store
+from distckpt.stores import Source, Store
 
-_ALIGNMENT = 4096
 _LONGEST_HEADER_BYTES = 100_000_000  # the limit of safetensors' own readers
 _MOST_DIMENSIONS = 64  # the limit of torch's own operators
 
@@ -47,43 +46,6 @@ DTYPES: Mapping[torch.dtype, str] = {
     torch.bool: "BOOL",
 }
 _DTYPES_BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
-
-
-class Tally:
-    """A sink that passes on what it is given, and knows its size and xxh3-128."""
-
-    def __init__(self, sink: Sink) -> None:
-        self._sink = sink
-        self._hash = xxhash.xxh3_128()
-        self._size_bytes = 0
-
-    def write(self, data: Any) -> int:
-        """Append all of ``data``; how many bytes that was."""
-        view = memoryview(data).cast("B")
-        self._hash.update(view)
-        self._sink.write(view)
-        self._size_bytes += len(view)
-        return len(view)
-
-    def entry(self, path: str) -> FileEntry:
-        """What a manifest says of the file ``path`` that was written so."""
-        return FileEntry(path, self._size_bytes, self._hash.hexdigest())
-
-
-def write_tensors(store: Store, path: str, tensors: Mapping[str, Tensor], name: str) -> FileEntry:
-    """A new file at ``path`` holds ``tensors`` (on the CPU, contiguous, of a dtype in `DTYPES`), its bytes durable.
-
-    Args:
-        name: what a manifest calls the file.
-    """
-    ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())
-    with store.create(path) as sink:
-        tally = Tally(sink)
-        tally.write(_header(dict(ordered)))
-        for _, tensor in ordered:
-            if tensor.numel():
-                tally.write(bytes_of(tensor))
-    return tally.entry(name)
 
 
 def read_tensors(store: Store, path: str, entry: FileEntry | None = None) -> dict[str, Tensor]:
@@ -130,18 +92,6 @@ class _HashedSource:
 
     def hexdigest(self) -> str:
         return self._hash.hexdigest()
-
-
-def _header(tensors: Mapping[str, Tensor]) -> bytes:
-    fields: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, tensor in tensors.items():
-        end = offset + tensor.numel() * tensor.element_size()
-        fields[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = strict_json.dump(fields)
-    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
-    return struct.pack("<Q", len(text)) + text
 
 
 def _read_header(source: _HashedSource, what: str) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:

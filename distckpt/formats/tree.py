@@ -17,22 +17,25 @@ import torch
 from torch import Tensor
 
 from distckpt.formats.safetensors_file import DTYPES
+from distckpt.formats.savable import check_savable, identity, is_savable
 
 _TENSOR = "$tensor"
 _DTYPES = {str(dtype): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
 _ARRAYS = frozenset(map(np.dtype, "?bBhHiIlLefdFD"))  # the numbers that torch has too, in this machine's byte order
 
 
-def encode(value: Any, path: str) -> tuple[Any, dict[str, Tensor]]:
-    """``value`` as JSON, and the tensors that it refers to, by key.
+def encode(value: Any, path: str) -> tuple[Any, dict[str, Tensor], dict[str, str]]:
+    """``value`` as JSON; the tensors that it refers to, by key; and for keys that are no tensor's because another
+    tensor has the same memory, that one's key. No tensor is copied, and nothing else refers to ``value``.
 
     A tensor's key is its place in ``value``, with dots: for the flat dict of a module these are the parameter names.
 
     Raises:
-        TypeError: naming the place, below ``path``, of a value that cannot be stored without a pickle.
+        TypeError: naming the place, below ``path``, of a value that cannot be stored without a pickle, or of a tensor
+            that cannot be stored whole.
     """
-    tensors: dict[str, Tensor] = {}
-    return _encode(value, (), path, tensors), tensors
+    found = _Found(path)
+    return _encode(value, (), found), found.tensors, found.aliases
 
 
 def decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
@@ -48,40 +51,76 @@ def decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
         raise ValueError(f"this is no state of ours ({type(error).__name__}: {error})") from error
 
 
-def _encode(value: Any, place: tuple[str, ...], path: str, tensors: dict[str, Tensor]) -> Any:
-    def inside(one: Any, key: object) -> Any:
-        return _encode(one, (*place, str(key)), path, tensors)
+class _Found:
+    """The tensors that were met so far."""
 
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.tensors: dict[str, Tensor] = {}
+        self.aliases: dict[str, str] = {}
+        self._keys: dict[tuple[Any, ...], str] = {}
+
+    def refer(self, tensor: Tensor, place: tuple[str, ...]) -> Any:
+        """What stands for ``tensor`` at ``place``."""
+        key = ".".join(place) or "value"
+        if not is_savable(tensor):
+            check_savable(tensor, self.where(place))
+        while key in self.tensors or key in self.aliases or key == "__metadata__":  # {"a": {"b": t}, "a.b": t}
+            key += "'"
+        known = self._keys.setdefault(identity(tensor), key) if tensor.numel() else key
+        if known != key:
+            self.aliases[key] = known
+        elif tensor.dtype in DTYPES:
+            self.tensors[key] = tensor
+        else:  # what safetensors has no word for lies there as plain bytes, and its type here
+            plain = tensor.detach().contiguous().reshape(-1) if tensor.numel() else torch.empty(0, dtype=tensor.dtype)
+            self.tensors[key] = plain.view(torch.uint8)
+        return known if tensor.dtype in DTYPES else [known, str(tensor.dtype), list(tensor.shape)]
+
+    def where(self, place: tuple[str, ...]) -> str:
+        """The name of ``place``, for people."""
+        return ".".join((self.path, *place))
+
+
+def _encode(value: Any, place: tuple[str, ...], found: _Found) -> Any:
     if value is None or type(value) in (bool, int, str):
         return value
+    if isinstance(value, Tensor):
+        return {_TENSOR: found.refer(value, place)}
     if type(value) is float:
         return value if math.isfinite(value) else {"$float": repr(value)}
-    if isinstance(value, Tensor):
-        return {_TENSOR: _refer(value, place, tensors)}
     if type(value) is dict and all(type(key) is str and not key.startswith("$") for key in value):
-        return {key: inside(one, key) for key, one in value.items()}
+        return {key: _encode(one, (*place, key), found) for key, one in value.items()}
     if type(value) is list:
-        return [inside(one, nth) for nth, one in enumerate(value)]
+        return [_encode(one, (*place, str(nth)), found) for nth, one in enumerate(value)]
     if type(value) in _CONTAINERS:
         name, take_apart, _ = _CONTAINERS[type(value)]
-        return {name: [inside(one, nth) for nth, one in enumerate(take_apart(value))]}
+        return {name: [_encode(one, (*place, str(nth)), found) for nth, one in enumerate(take_apart(value))]}
     if isinstance(value, dict) and type(value) in (dict, OrderedDict, defaultdict, Counter):
         kind = {OrderedDict: "$ordered", Counter: "$counter"}.get(type(value), "$dict")
-        return {kind: [[inside(key, "key"), inside(one, key)] for key, one in value.items()]}
+        pairs = value.items()
+        return {
+            kind: [
+                [_encode(key, (*place, "key"), found), _encode(one, (*place, str(key)), found)] for key, one in pairs
+            ]
+        }
+    return _encode_rarely(value, place, found)
+
+
+def _encode_rarely(value: Any, place: tuple[str, ...], found: _Found) -> Any:
     if isinstance(value, (bytes, bytearray)):
         return {"$bytes": base64.b64encode(value).decode()}
     if isinstance(value, np.generic) and value.dtype.kind in "biufU" and type(value.item()) in (bool, int, float, str):
-        return _encode(value.item(), place, path, tensors)
+        return _encode(value.item(), place, found)
     if isinstance(value, np.ndarray) and value.dtype in _ARRAYS and not isinstance(value, np.ma.MaskedArray):
-        return {"$numpy": _refer(torch.from_numpy(np.array(value, order="C")), place, tensors)}
+        return {"$numpy": found.refer(torch.from_numpy(np.array(value, order="C")), place)}
     if isinstance(value, torch.dtype):
         return {"$dtype": str(value)}
     if isinstance(value, torch.device):
         return {"$device": str(value)}
-    where = ".".join((path, *place))
     raise TypeError(
-        f"{where} is a {type(value).__module__}.{type(value).__qualname__}, which cannot be stored without a pickle: "
-        "return numbers, strings, tensors, lists and dicts from state_dict()"
+        f"{found.where(place)} is a {type(value).__module__}.{type(value).__qualname__}, which cannot be stored "
+        "without a pickle: return numbers, strings, tensors, lists and dicts from state_dict()"
     )
 
 
@@ -100,19 +139,6 @@ def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
         if kind == name:
             return put_together([_decode(one, tensors) for one in _listed(inner)])
     return _PUT_TOGETHER[kind](_decode(inner, tensors))
-
-
-def _refer(tensor: Tensor, place: tuple[str, ...], tensors: dict[str, Tensor]) -> Any:
-    key = ".".join(place) or "value"
-    while key in tensors or key == "__metadata__":  # {"a": {"b": t}, "a.b": t}; the header's own
-        key += "'"
-    if tensor.dtype in DTYPES:
-        tensors[key] = tensor
-        return key
-    # What safetensors has no word for lies there as plain bytes, and its type here.
-    plain = tensor.contiguous().reshape(-1) if tensor.numel() else torch.empty(0, dtype=tensor.dtype)
-    tensors[key] = plain.view(torch.uint8)
-    return [key, str(tensor.dtype), list(tensor.shape)]
 
 
 def _find(reference: Any, tensors: Mapping[str, Tensor]) -> Tensor:

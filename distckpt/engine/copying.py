@@ -1,0 +1,143 @@
+"""Copies of memory that several threads do together, block by block, as a writer needs them."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+BLOCK_BYTES = 16 * 1024 * 1024
+
+# A call that releases the GIL may wait for 5 ms to get it back: worth it for large pieces only.
+SMALL_BYTES = 64 * 1024
+_move = ctypes.CDLL(None).memmove
+_move_small = ctypes.PyDLL(None).memmove
+for _function in (_move, _move_small):
+    _function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+    _function.restype = ctypes.c_void_p
+
+
+@dataclass(frozen=True)
+class Piece:
+    """So many bytes of one block, and how the address is found that they are copied from."""
+
+    offset: int
+    count: int
+    source: Callable[[], int]
+    skipped: int = 0
+
+    @property
+    def block(self) -> int:
+        """The number of the block that they lie in."""
+        return self.offset // BLOCK_BYTES
+
+
+def cut(offset: int, count: int, source: Callable[[], int]) -> list[Piece]:
+    """A copy of ``count`` bytes to ``offset``, as one piece for each block that it touches."""
+    pieces = []
+    skipped = 0
+    while skipped < count:
+        part = min(count - skipped, BLOCK_BYTES - (offset + skipped) % BLOCK_BYTES)
+        pieces.append(Piece(offset + skipped, part, source, skipped))
+        skipped += part
+    return pieces
+
+
+def move(target: int, source: int | bytes, count: int) -> None:
+    """``count`` bytes are copied; the GIL is released where that is worth it."""
+    (_move if count >= SMALL_BYTES else _move_small)(target, source, count)
+
+
+class Copy:
+    """A copy into memory at ``base``, by all threads that call `work`, from its start to its end.
+
+    Args:
+        window_bytes: how much memory there is, a multiple of the block's size. Where that is less than what is
+            copied, a block is copied once the one whose memory it takes was freed.
+    """
+
+    def __init__(self, base: int, window_bytes: int, pieces: Iterable[Piece]) -> None:
+        self._base = base
+        self._window_bytes = window_bytes
+        self._pieces = deque(pieces)
+        self._left = Counter(piece.block for piece in self._pieces)
+        self._freed = 0
+        self._working = 0
+        self._failure: BaseException | None = None
+        self._changed = threading.Condition()
+
+    def start(self, threads: int) -> None:
+        """So many threads work on it in the background."""
+        for _ in range(min(threads, len(self._pieces))):
+            threading.Thread(target=self.work, name="distckpt-copy", daemon=True).start()
+
+    def work(self) -> None:
+        """Nothing of it is left to begin with; what other threads began may still be under way. Raises nothing."""
+        with self._changed:
+            self._working += 1
+        try:
+            while (piece := self._next()) is not None:
+                self._copy(piece)
+        except BaseException as error:  # raised where the copy is waited for
+            self.fail(error)
+        finally:
+            with self._changed:
+                self._working -= 1
+                self._changed.notify_all()
+
+    def fail(self, error: BaseException) -> None:
+        """Whoever waits for this copy gets that error, and nothing more is copied."""
+        with self._changed:
+            self._failure = self._failure or error
+            self._changed.notify_all()
+
+    def end(self, error: BaseException) -> None:
+        """As `fail`; and no thread touches the memory any more."""
+        self.fail(error)
+        with self._changed:
+            self._changed.wait_for(lambda: not self._working)
+
+    def free(self, blocks: int) -> None:
+        """The first so many blocks are not needed any more."""
+        with self._changed:
+            self._freed = blocks
+            self._changed.notify_all()
+
+    def wait(self) -> None:
+        """All is copied.
+
+        Raises:
+            what was told to `fail`.
+        """
+        self._wait(lambda: not self._left)
+
+    def wait_for(self, block: int) -> None:
+        """That block is filled.
+
+        Raises:
+            what was told to `fail`.
+        """
+        self._wait(lambda: block not in self._left)
+
+    def _next(self) -> Piece | None:
+        with self._changed:
+            return self._pieces.popleft() if self._pieces and self._failure is None else None
+
+    def _copy(self, piece: Piece) -> None:
+        windows = self._window_bytes // BLOCK_BYTES
+        if piece.block >= self._freed + windows:
+            self._wait(lambda: piece.block < self._freed + windows)
+        move(self._base + piece.offset % self._window_bytes, piece.source() + piece.skipped, piece.count)
+        with self._changed:
+            self._left[piece.block] -= 1
+            if not self._left[piece.block]:
+                del self._left[piece.block]
+                self._changed.notify_all()
+
+    def _wait(self, condition: Callable[[], bool]) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._failure is not None or condition())
+            if self._failure is not None:
+                raise self._failure

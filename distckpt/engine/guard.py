@@ -1,0 +1,85 @@
+"""Who waits before changing tensors that are still being copied."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
+
+
+class Guard:
+    """Calls ``wait`` before any optimizer of this process takes a step, on the thread that takes it.
+
+    The optimizers that did so once are known: what they alone change may be copied late. It also knows optimizers of
+    other libraries, optimizers in a backward, under a GradScaler and under ``torch.compile``.
+    """
+
+    def __init__(self, wait: Callable[[], None]) -> None:
+        self._seen: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._held: list[RemovableHandle] = []
+        seen, known = self._seen, weakref.WeakMethod(wait)
+
+        def before_step(optimizer: Optimizer, *_: Any) -> None:
+            seen.add(optimizer)
+            if (told := known()) is not None:
+                told()
+
+        self._wait = known
+        self._handle = register_optimizer_step_pre_hook(before_step)
+        self._end = weakref.finalize(self, self._handle.remove)
+
+    def guarded(self) -> set[tuple[int, int]]:
+        """The memory, as addresses and sizes in bytes, that only the known optimizers change."""
+        found: set[tuple[int, int]] = set()
+        for optimizer in tuple(self._seen):
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    if parameter.requires_grad:
+                        found.add(place_of(parameter))
+                    for moment in optimizer.state.get(parameter, {}).values():
+                        if isinstance(moment, Tensor):
+                            found.add(place_of(moment))
+        return found
+
+    def hold(self, modules: Iterable[nn.Module]) -> None:
+        """``load_state_dict`` of these modules, and of any module in them, waits, too, until `let_go`. Not for ever:
+        a module that is pickled meanwhile would need this library to be read."""
+        for module in {id(one): one for root in modules for one in root.modules()}.values():
+            if module._parameters:
+                handle = module.register_load_state_dict_pre_hook(_WaitBeforeLoad(self._wait))  # type: ignore[no-untyped-call]  # torch's own
+                self._held.append(handle)
+
+    def let_go(self) -> None:
+        """Modules do not wait any more."""
+        for handle in self._held:
+            handle.remove()
+        self._held = []
+
+    def close(self) -> None:
+        """Nobody waits any more. Safe to call twice."""
+        self.let_go()
+        self._end()
+
+
+class _WaitBeforeLoad:
+    # Restoring writes straight into the tensors of modules that have no hooks but this one.
+    is_of_distckpt = True
+
+    def __init__(self, wait: weakref.WeakMethod[Callable[[], None]] | None = None) -> None:
+        self._known = wait
+
+    def __call__(self, *_: Any) -> None:
+        if self._known is not None and (wait := self._known()) is not None:
+            wait()
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return _WaitBeforeLoad, ()  # for the copy of a module there is nothing to wait for
+
+
+def place_of(tensor: Tensor) -> tuple[int, int]:
+    """Where a tensor lies: its address and size in bytes."""
+    return tensor.data_ptr(), tensor.nbytes

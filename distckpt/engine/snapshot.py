@@ -1,0 +1,221 @@
+"""One snapshot: a rank's state, cut at one step, on its way from live tensors through the arena to a store."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from distckpt.engine.arena import Arena
+from distckpt.engine.copying import BLOCK_BYTES, Copy
+from distckpt.engine.plan import Plan, view
+from distckpt.engine.transfer import Transfer
+from distckpt.engine.writing import write_image
+from distckpt.errors import DistckptError
+from distckpt.formats import Image, Written
+from distckpt.stores import Store
+
+_log = logging.getLogger("distckpt")
+
+_MOST_THREADS = 4  # memory is not faster for more
+
+
+class Staging:
+    """The snapshot of ``images``; see `distckpt.formats.Staged` for what each method promises.
+
+    What is late in ``plan`` is copied beside training. When that copy ends, each tensor is compared with what it was
+    before (see `Witness`), and nothing counts as written before all were found unchanged.
+
+    Args:
+        suspects: the names of tensors that were once found changed are added to it.
+    """
+
+    def __init__(self, images: Sequence[Image], plan: Plan, arena: Arena, suspects: set[str]) -> None:
+        self._images = images
+        self._plan = plan
+        self._arena = arena
+        self._suspects = suspects
+        window_bytes = min(-(-plan.starts[-1] // BLOCK_BYTES), max(arena.size_bytes // BLOCK_BYTES, 1)) * BLOCK_BYTES
+        if plan.starts[-1] <= arena.size_bytes:
+            window_bytes = (plan.starts[-1] // BLOCK_BYTES + 1) * BLOCK_BYTES
+        self._window_bytes = window_bytes
+        self._now = Copy(arena.address, window_bytes, plan.now)
+        self._late = Copy(arena.address, window_bytes, plan.late)
+        memory = arena.memory
+        devices = [one for one in plan.odd if one[1].device.type != "cpu"]
+        self._transfer_now = Transfer([(view(memory, *one), one[1]) for one in devices])
+        self._transfer_late = Transfer([(view(memory, *one), one[1]) for one in plan.late_odd])
+        self._measures: dict[str, float] = defaultdict(float, arena_bytes=arena.size_bytes, retakes=0)
+        self._begun = threading.Event()
+        self._changed = threading.Condition()
+        self._failure: BaseException | None = None
+        self._torn: list[str] | None = None  # None: nobody has looked yet
+        self._generation = 0
+
+    # On the training thread
+
+    def stage(self) -> None:
+        began = time.monotonic()
+        try:
+            with torch.no_grad():
+                self._stage()
+        except BaseException as error:  # raised by the save that follows, on all ranks
+            self._fail(error)
+            if not isinstance(error, Exception):
+                raise
+        self._measures["stage_seconds"] += time.monotonic() - began
+
+    def let_change(self) -> None:
+        """What it copies may be changed on return. Where somebody did so too early, all that was late is copied anew,
+        as it is now."""
+        if self._torn == [] or self._failure is not None:
+            return
+        began = time.monotonic()
+        if self._catch_up() and self._torn:
+            self._retake(self._torn)
+        self._measures["waited_seconds"] += time.monotonic() - began
+
+    def settle(self) -> None:
+        if self._torn == [] or self._failure is not None:
+            return
+        if self._catch_up() and self._torn:
+            self._refuse(self._torn)
+
+    # On the writer's thread
+
+    def write(self, store: Store, path: str) -> Written:
+        places = [f"{path}/{image.path}" if image.path else path for image in self._images]
+        while True:
+            generation = self._generation
+            self._begun.wait()
+            self._raise_failure()
+            self._transfer_late.wait()
+            entries = [
+                write_image(image, self._pieces(image, start), store, place, self._spend)
+                for image, start, place in zip(self._images, self._plan.starts, places, strict=False)
+            ]
+            if self._is_whole(generation):
+                tensors = tuple(entry for image in self._images for entry in image.entries)
+                return Written(tuple(entries), tensors, dict(self._measures))
+            for place in places:
+                store.delete(place)
+
+    def release(self) -> None:
+        ended = DistckptError("this snapshot was given up")
+        self._fail(ended)
+        self._now.end(ended)
+        self._late.end(ended)
+        self._images, self._plan = (), Plan()
+        self._transfer_now = self._transfer_late = Transfer(())
+
+    def _stage(self) -> None:
+        if self._plan.texts or self._plan.small or self._plan.odd:
+            self._plan.scatter(self._arena.memory)
+        self._transfer_now.begin()
+        self._transfer_late.begin()
+        self._begun.set()
+        self._now.start(min(len(os.sched_getaffinity(0)), _MOST_THREADS) - 1)
+        self._now.work()
+        self._now.wait()
+        self._transfer_now.wait()
+        if self._plan.witnesses:
+            threading.Thread(target=self._copy_late, name="distckpt-copy", daemon=True).start()
+        else:
+            self._judge()
+
+    def _copy_late(self) -> None:
+        try:
+            self._late.work()
+            self._late.wait()
+            self._judge()
+        except BaseException as error:  # whoever waits for it raises it
+            self._fail(error)
+
+    def _catch_up(self) -> bool:
+        """Whether all is copied; else it has failed, which is raised by the save, and never here."""
+        self._late.work()
+        try:
+            self._late.wait()
+            self._transfer_late.hold_back()
+        except Exception as error:
+            self._fail(error)
+            return False
+        self._judge()
+        return True
+
+    def _judge(self) -> None:
+        with self._changed:
+            if self._torn is None:
+                self._torn = [one.name for one in self._plan.witnesses if one.was_changed(self._arena.address)]
+                self._changed.notify_all()
+
+    def _retake(self, torn: list[str]) -> None:
+        again = Copy(self._arena.address, self._window_bytes, self._plan.late)
+        again.start(min(len(os.sched_getaffinity(0)), _MOST_THREADS) - 1)
+        again.work()
+        again.wait()
+        self._transfer_late.begin()
+        self._transfer_late.hold_back()
+        self._suspects.update(torn)
+        _log.warning(
+            "%s changed while it was being copied, and not by an optimizer's step: all that was being copied is saved "
+            "as it is now, before that step. It will be copied before training goes on from now on",
+            ", ".join(torn[:5]),
+        )
+        with self._changed:
+            self._measures["retakes"] += 1
+            self._generation += 1
+            self._torn = []
+            self._changed.notify_all()
+
+    def _refuse(self, torn: list[str]) -> None:
+        self._suspects.update(torn)
+        self._fail(
+            DistckptError(
+                f"{', '.join(torn[:5])} changed while it was being copied, and not by an optimizer's step, so this is "
+                'the state of no step. The next save copies it before training goes on; snapshot="eager" does so for '
+                "all, and wait_staged() is to be called before such a change"
+            )
+        )
+
+    def _is_whole(self, generation: int) -> bool:
+        """Whether what was written is the snapshot, once that is known. Not so if it was taken again meanwhile."""
+        with self._changed:
+            while self._failure is None and self._torn != []:
+                if self._torn and not threading.main_thread().is_alive():
+                    self._refuse(self._torn)  # nobody is left who could take it again
+                self._changed.wait(1.0)
+        self._raise_failure()
+        return generation == self._generation
+
+    def _pieces(self, image: Image, start: int) -> Iterator[memoryview]:
+        at, end = start, start + image.size_bytes
+        while at < end:
+            block = at // BLOCK_BYTES
+            self._now.free(block)
+            self._now.wait_for(block)
+            self._late.wait_for(block)
+            stop = min(end, (block + 1) * BLOCK_BYTES)
+            place = at % self._window_bytes
+            yield self._arena.view(place, place + stop - at)
+            at = stop
+
+    def _spend(self, phase: str, seconds: float) -> None:
+        self._measures[f"{phase}_seconds"] += seconds
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def _fail(self, error: BaseException) -> None:
+        with self._changed:
+            self._failure = self._failure or error
+            self._changed.notify_all()
+        self._now.fail(error)
+        self._late.fail(error)
+        self._begun.set()

@@ -1,0 +1,123 @@
+"""What takes the snapshots of a rank, one at a time, in memory that it uses again."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from distckpt.engine.arena import Arena
+from distckpt.engine.copying import BLOCK_BYTES
+from distckpt.engine.guard import Guard, place_of
+from distckpt.engine.memory import available_bytes
+from distckpt.engine.plan import Plan, starts
+from distckpt.engine.snapshot import Staging
+from distckpt.formats import Image
+
+_log = logging.getLogger("distckpt")
+
+Mode = Literal["auto", "eager", "lazy"]
+
+LEAST_ARENA_BYTES = 2 * BLOCK_BYTES
+_SPARE = 0.8  # of the memory that is free: training needs some, too
+
+
+class Stager:
+    """Takes snapshots of one rank.
+
+    Args:
+        mode: ``"eager"``: training waits for the copy of everything. ``"lazy"``: only for that of what may change
+            before the optimizer's next step, which waits for the rest. ``"auto"``: lazy, but where training itself
+            uses all cores of the CPU, as there a copy beside it costs it more than one on all cores.
+        arena_bytes: how much memory it may take; None: as much as the state. Where that is less than the state,
+            training waits until all but so much is written.
+        modules: whose ``load_state_dict`` waits for a copy that is under way.
+    """
+
+    def __init__(
+        self, mode: Mode = "eager", *, arena_bytes: int | None = None, modules: Iterable[nn.Module] = ()
+    ) -> None:
+        self._mode = mode
+        self._limit_bytes = arena_bytes
+        self._modules = list(modules)
+        self._guard = Guard(self.wait_staged)
+        self._arena: Arena | None = None
+        self._current: Staging | None = None
+        self._suspects: set[str] = set()
+
+    def reserve(self, size_bytes: int, *, is_pinned: bool = False) -> None:
+        """There is memory for a state of so many bytes, or for as much of it as fits; it is touched in the background.
+
+        Raises:
+            DistckptError: where the system gives none.
+        """
+        if self._arena is not None:
+            if self._arena.size_bytes >= min(size_bytes, self._limit_bytes or size_bytes):
+                return
+            self._arena.close()
+            self._arena = None
+        wanted = size_bytes + size_bytes // 100  # for texts that get longer
+        if self._limit_bytes is None and wanted > _SPARE * available_bytes():
+            self._limit_bytes = max(int(_SPARE * available_bytes()), LEAST_ARENA_BYTES)
+            _log.warning(
+                "a snapshot takes %.1f GB of host memory, and %.1f GB are free: it gets %.1f GB, and training waits "
+                "for the rest to be written. arena_bytes= says otherwise",
+                *(wanted / 1e9, available_bytes() / 1e9, self._limit_bytes / 1e9),
+            )
+        if self._limit_bytes is not None and wanted > self._limit_bytes:
+            wanted = max(self._limit_bytes // BLOCK_BYTES * BLOCK_BYTES, LEAST_ARENA_BYTES)
+        self._arena = Arena(wanted, is_pinned=is_pinned)
+
+    def take(self, images: Sequence[Image]) -> Staging:
+        """The snapshot of these files; it is to be staged next, on this thread. The one before was released.
+
+        Raises:
+            DistckptError: where there is no memory for it.
+        """
+        total_bytes = starts(images)[-1]
+        on_device = any(tensor.device.type != "cpu" for image in images for _, tensor in image.tensors)
+        self.reserve(total_bytes, is_pinned=on_device)
+        assert self._arena is not None
+        if total_bytes > self._arena.size_bytes:
+            plan = Plan.in_order(images)
+        elif self._is_lazy(on_device=on_device):
+            plan = self._lazy_plan(images)
+        else:
+            plan = Plan.of(images, may_be_late=lambda *_: False)
+        if on_device:
+            self._arena.wait_touched()
+        self._current = Staging(images, plan, self._arena, self._suspects)
+        return self._current
+
+    def wait_staged(self) -> None:
+        """Any tensor may be changed on return: none is being copied. To be called on the training thread."""
+        if self._current is not None:
+            self._current.let_change()
+            self._guard.let_go()
+
+    def close(self) -> None:
+        """The memory is given back, and nobody waits for it any more. Safe to call twice."""
+        self._guard.close()
+        if self._arena is not None:
+            self._arena.close()
+        self._arena = self._current = None
+
+    def _is_lazy(self, *, on_device: bool) -> bool:
+        if self._mode != "auto":
+            return self._mode == "lazy"
+        return on_device or torch.get_num_threads() < len(os.sched_getaffinity(0))
+
+    def _lazy_plan(self, images: Sequence[Image]) -> Plan:
+        guarded = self._guard.guarded()
+
+        def may_be_late(name: str, tensor: Tensor) -> bool:
+            return place_of(tensor) in guarded and name not in self._suspects
+
+        plan = Plan.of(images, may_be_late=may_be_late)
+        if plan.witnesses:
+            self._guard.hold(self._modules)
+        return plan
