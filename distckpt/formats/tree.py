@@ -9,8 +9,8 @@ from __future__ import annotations
 import base64
 import math
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -38,15 +38,30 @@ def encode(value: Any, path: str) -> tuple[Any, dict[str, Tensor], dict[str, str
     return _encode(value, (), found), found.tensors, found.aliases
 
 
-def decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The inverse of `encode`. Types and the order of keys are what they were, but that a defaultdict comes back as a
-    dict, a bytearray as bytes, and a number of NumPy as Python's.
+class Reference(NamedTuple):
+    """What JSON says of a tensor in a file.
+
+    Attributes:
+        dtype, shape: what its bytes are where the file has no word for that; ``None`` where the file says it itself.
+        is_array: whether it was an array of NumPy, and is to be one again.
+    """
+
+    key: str
+    dtype: torch.dtype | None = None
+    shape: torch.Size = torch.Size()
+    is_array: bool = False
+
+
+def decode(value: Any, find: Callable[[Reference], Any]) -> Any:
+    """The inverse of `encode`, where ``find`` returns what takes the place of a reference. Types and the order of keys
+    are what they were, but that a defaultdict comes back as a dict, a bytearray as bytes, and a number of NumPy as
+    Python's.
 
     Raises:
-        ValueError: where ``value`` is not what `encode` returns, or a tensor is missing.
+        ValueError: where ``value`` is not what `encode` returns, or ``find`` knows no such tensor.
     """
     try:
-        return _decode(value, tensors)
+        return _decode(value, find)
     except (LookupError, TypeError, AttributeError, OverflowError, RuntimeError) as error:  # torch's among them
         raise ValueError(f"this is no state of ours ({type(error).__name__}: {error})") from error
 
@@ -124,28 +139,29 @@ def _encode_rarely(value: Any, place: tuple[str, ...], found: _Found) -> Any:
     )
 
 
-def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+def _decode(value: Any, find: Callable[[Reference], Any]) -> Any:
     if type(value) is list:
-        return [_decode(one, tensors) for one in value]
+        return [_decode(one, find) for one in value]
     if type(value) is not dict:
         return value
     if len(value) != 1 or not next(iter(value)).startswith("$"):
-        return {key: _decode(one, tensors) for key, one in value.items()}
+        return {key: _decode(one, find) for key, one in value.items()}
     ((kind, inner),) = value.items()
     if kind in (_TENSOR, "$numpy"):
-        tensor = _find(inner, tensors)
-        return tensor.numpy() if kind == "$numpy" else tensor
+        return find(_reference(inner, is_array=kind == "$numpy"))
     for name, _, put_together in _CONTAINERS.values():
         if kind == name:
-            return put_together([_decode(one, tensors) for one in _listed(inner)])
-    return _PUT_TOGETHER[kind](_decode(inner, tensors))
+            return put_together([_decode(one, find) for one in _listed(inner)])
+    return _PUT_TOGETHER[kind](_decode(inner, find))
 
 
-def _find(reference: Any, tensors: Mapping[str, Tensor]) -> Tensor:
-    if type(reference) is str:
-        return tensors[reference]
-    key, dtype, shape = reference
-    return tensors[key].view(_DTYPES[dtype]).reshape(shape)
+def _reference(told: Any, *, is_array: bool) -> Reference:
+    if type(told) is str:
+        return Reference(told, is_array=is_array)
+    key, dtype, shape = told
+    if type(key) is not str:
+        raise TypeError(f"{ascii(key)[:80]} is no key of a tensor")
+    return Reference(key, _DTYPES[dtype], _size(shape), is_array)
 
 
 def _listed(value: Any) -> list[Any]:

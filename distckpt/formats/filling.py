@@ -1,0 +1,145 @@
+"""One pass through a file, from its start to its end: its bytes are hashed, and laid into the tensors they are for."""
+
+from __future__ import annotations
+
+import ctypes
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from distckpt.stores import Source
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+# One call reads what is this small together with its neighbours; larger tensors are read into where they lie.
+SMALL_BYTES = 256 * 1024
+_SCRATCH_BYTES = 8 * 1024 * 1024
+_PIECE_BYTES = 4 * 1024 * 1024  # what was read is hashed before it has left the cache
+
+_move = ctypes.PyDLL(None).memmove  # keeps the GIL, which would cost more to get back than so few bytes take
+_move.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+_move.restype = ctypes.c_void_p
+
+
+class Hash(Protocol):
+    """What is told all bytes of a file, such as ``xxhash.xxh3_128()``."""
+
+    def update(self, data: Buffer) -> object: ...
+
+
+def fill(source: Source, spans: Iterable[tuple[int, Sequence[Tensor]]], digest: Hash) -> None:
+    """The next bytes of ``source`` are in ``digest`` and, span after span, in the tensors that are given with each.
+
+    Takes a few MiB of memory, and as much as the largest tensor whose elements do not lie in order.
+
+    Args:
+        spans: how many bytes, and the tensors, of one shape and dtype and so many bytes, that hold them afterwards.
+
+    Raises:
+        EOFError, OSError: where the source does.
+    """
+    with torch.no_grad():
+        one_pass = _Pass(source, digest)
+        for size_bytes, targets in spans:
+            if size_bytes <= SMALL_BYTES:
+                one_pass.take_small(size_bytes, targets)
+            else:
+                one_pass.take_large(size_bytes, targets)
+        one_pass.flush()
+
+
+class _Pass:
+    def __init__(self, source: Source, digest: Hash) -> None:
+        self._source = source
+        self._digest = digest
+        self._scratch = torch.empty(min(source.size_bytes, _SCRATCH_BYTES), dtype=torch.uint8)
+        self._small: list[tuple[int, int, Sequence[Tensor]]] = []
+        self._count = 0
+
+    def take_small(self, size_bytes: int, targets: Sequence[Tensor]) -> None:
+        if self._count + size_bytes > _SCRATCH_BYTES:
+            self.flush()
+        if targets:
+            self._small.append((self._count, size_bytes, targets))
+        self._count += size_bytes
+
+    def flush(self) -> None:
+        """What is small was read and handed out."""
+        small, count = self._small, self._count
+        self._small, self._count = [], 0
+        self._read(self._scratch[:count])
+        base = self._scratch.data_ptr()
+        moved: list[Tensor] = []
+        others: defaultdict[tuple[torch.device, torch.dtype], list[tuple[int, Tensor]]] = defaultdict(list)
+        for begin, size_bytes, targets in small:
+            for target in targets:
+                if _is_plain(target):
+                    _move(target.data_ptr(), base + begin, size_bytes)
+                    moved.append(target)
+                else:
+                    others[target.device, target.dtype].append((begin, target))
+        torch.autograd.graph.increment_version(moved)
+        for (device, _), placed in others.items():
+            _scatter(self._scratch[:count], device, placed)
+
+    def take_large(self, size_bytes: int, targets: Sequence[Tensor]) -> None:
+        self.flush()
+        if not targets:
+            for begin in range(0, size_bytes, _PIECE_BYTES):
+                self._read(self._scratch[: min(_PIECE_BYTES, size_bytes - begin)])
+            return
+        fitting = [*filter(_is_plain, targets), *filter(_is_flat, targets)]
+        first = fitting[0] if fitting else torch.empty(targets[0].shape, dtype=targets[0].dtype)
+        if first.device.type == "cpu":
+            self._read(first)
+        else:
+            self._carry(first)
+        for target in targets:
+            if target is not first:
+                target.copy_(first)
+
+    def _carry(self, target: Tensor) -> None:
+        """``target``, on a device, is read through memory that the device copies from fast."""
+        if not self._scratch.is_pinned():
+            self._scratch = torch.empty(_SCRATCH_BYTES, dtype=torch.uint8, pin_memory=True)
+        elements = target.reshape(-1).view(torch.uint8)
+        for begin in range(0, len(elements), _SCRATCH_BYTES):
+            piece = elements[begin : begin + _SCRATCH_BYTES]
+            self._read(self._scratch[: len(piece)])
+            piece.copy_(self._scratch[: len(piece)])
+
+    def _read(self, target: Tensor) -> None:
+        """``target``, on the host and in order, holds the next bytes."""
+        if not target.nbytes:
+            return
+        memory = memoryview((ctypes.c_ubyte * target.nbytes).from_address(target.data_ptr())).cast("B")
+        for begin in range(0, len(memory), _PIECE_BYTES):
+            piece = memory[begin : begin + _PIECE_BYTES]
+            self._source.read_into(piece)
+            self._digest.update(piece)
+        torch.autograd.graph.increment_version(target)
+
+
+def _scatter(scratch: Tensor, device: torch.device, placed: Sequence[tuple[int, Tensor]]) -> None:
+    """The targets, of one dtype and on ``device``, hold what stands at their offsets in ``scratch``."""
+    there = scratch.to(device)
+    pieces = []
+    for begin, target in placed:
+        piece = there[begin : begin + target.nbytes]
+        if begin % target.element_size():
+            piece = piece.clone()
+        pieces.append(piece.view(target.dtype).view(target.shape))
+    torch._foreach_copy_([target for _, target in placed], pieces)
+
+
+def _is_flat(tensor: Tensor) -> bool:
+    """Whether its elements lie in memory one after another, as they stand in a file."""
+    return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and _is_flat(tensor)

@@ -1,0 +1,164 @@
+"""One safetensors file, read without trusting it: first its header, then all of it, straight into tensors.
+
+The layout is that of https://github.com/huggingface/safetensors: eight bytes of length, a JSON header, the tensors
+packed behind it.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+import torch
+import xxhash
+from torch import Tensor
+
+from distckpt import strict_json
+from distckpt.errors import DamagedCheckpoint
+from distckpt.formats.filling import fill
+from distckpt.formats.safetensors_file import DTYPES
+from distckpt.manifest import FileEntry
+from distckpt.stores import Source, Store
+
+_LONGEST_HEADER_BYTES = 100_000_000  # the limit of safetensors' own readers
+_MOST_DIMENSIONS = 64  # the limit of torch's own operators
+_DTYPES_BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Held:
+    """A tensor in a file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    size_bytes: int
+
+
+class SafetensorsFile:
+    """A file whose header was read.
+
+    Attributes:
+        held: its tensors, by key, in the order of the file, which they fill without holes and overlaps. Where there is
+            an ``entry``, what the header says of them is proven by `fill`, not yet.
+
+    Args:
+        entry: the size and digest of the file that is meant, if there are any.
+
+    Raises:
+        DamagedCheckpoint: naming the file, where it is not of that size, or no safetensors file.
+        OSError: where it cannot be read.
+    """
+
+    def __init__(self, store: Store, path: str, entry: FileEntry | None = None) -> None:
+        self._store = store
+        self._path = path
+        self._entry = entry
+        with self._open() as source:
+            self._size_bytes = source.size_bytes
+            try:
+                header = _header_of(source)
+                self.held = _held(header[8:], source.size_bytes - len(header), path)
+            except ValueError as error:
+                raise DamagedCheckpoint(f"{path} is no whole safetensors file: {error}") from error
+        self._header_bytes = len(header)
+        self._header_digest = xxhash.xxh3_128_digest(header)
+
+    def fill(self, targets: Mapping[str, Sequence[Tensor]]) -> None:
+        """The tensors that are given for a key, of its dtype and shape, hold what the file does; all of it was read.
+
+        Raises:
+            DamagedCheckpoint: naming the file, where it is not what was meant, or not what it was.
+            OSError: where it cannot be read.
+        """
+        digest = xxhash.xxh3_128()
+        header = bytearray(self._header_bytes)
+        with self._open() as source:
+            source.read_into(header)
+            digest.update(header)
+            is_same = source.size_bytes == self._size_bytes and digest.digest() == self._header_digest
+            if is_same:
+                fill(source, [(held.size_bytes, targets.get(key, ())) for key, held in self.held.items()], digest)
+        if self._entry is not None and digest.hexdigest() != self._entry.xxh3_128:
+            raise DamagedCheckpoint(
+                f"{self._path}: its bytes changed after the commit (the size is right, the xxh3-128 is not)"
+            )
+        if not is_same:
+            raise DamagedCheckpoint(f"{self._path} changed while it was read")
+
+    @contextmanager
+    def _open(self) -> Iterator[Source]:
+        with self._store.open(self._path) as source:
+            if self._entry is not None and source.size_bytes != self._entry.size_bytes:
+                raise DamagedCheckpoint(
+                    f"{self._path} has {source.size_bytes} bytes, {self._entry.size_bytes} were committed"
+                )
+            try:
+                yield source
+            except EOFError as error:
+                raise DamagedCheckpoint(f"{self._path} is no whole safetensors file: {error}") from error
+
+
+def read_tensors(store: Store, path: str, entry: FileEntry | None = None) -> dict[str, Tensor]:
+    """The tensors of the file at ``path``, in new host memory. Every byte was checked against ``entry``, if given.
+
+    Raises:
+        DamagedCheckpoint, OSError: as `SafetensorsFile`.
+    """
+    file = SafetensorsFile(store, path, entry)
+    tensors = {key: torch.empty(held.shape, dtype=held.dtype) for key, held in file.held.items()}
+    file.fill({key: [tensor] for key, tensor in tensors.items()})
+    return tensors
+
+
+def _header_of(source: Source) -> bytes:
+    """The length and the text."""
+    length = bytearray(8)
+    source.read_into(length)
+    (count,) = struct.unpack("<Q", length)
+    if 8 + count > source.size_bytes or count > _LONGEST_HEADER_BYTES:
+        raise ValueError(f"a header of {count} bytes does not fit")
+    text = bytearray(count)
+    source.read_into(text)
+    return bytes(length + text)
+
+
+def _held(text: bytes, rest: int, what: str) -> dict[str, Held]:
+    fields = strict_json.load(text, what)
+    fields.pop("__metadata__", None)
+    held: dict[str, Held] = {}
+    end = 0
+    for name, field in sorted(fields.items(), key=lambda item: _offsets(item[1])):
+        one = held[name] = _one(name, field, end)
+        end += one.size_bytes
+    if end != rest:
+        raise ValueError(f"its tensors end at {end} of {rest} bytes")
+    return held
+
+
+def _one(name: str, field: dict[str, Any], begin: int) -> Held:
+    dtype = _DTYPES_BY_NAME.get(str(field.get("dtype")))
+    shape = field.get("shape")
+    if dtype is None or not _is_shape(shape) or dtype.itemsize * math.prod(filter(None, shape)) >= 1 << 63:
+        raise ValueError(
+            f"{ascii(name)[:80]} has the dtype {ascii(field.get('dtype'))[:80]} and the shape {ascii(shape)[:80]}"
+        )
+    size = dtype.itemsize * math.prod(shape)
+    if _offsets(field) != (begin, begin + size):
+        raise ValueError(f"{ascii(name)[:80]} lies at {_offsets(field)}, and should at {(begin, begin + size)}")
+    return Held(dtype, tuple(shape), size)
+
+
+def _is_shape(shape: Any) -> TypeGuard[list[int]]:
+    is_list = type(shape) is list and len(shape) <= _MOST_DIMENSIONS
+    return is_list and all(type(one) is int and one >= 0 for one in shape)
+
+
+def _offsets(field: Any) -> tuple[int, int]:
+    offsets = field.get("data_offsets") if type(field) is dict else None
+    if type(offsets) is not list or len(offsets) != 2 or not all(type(one) is int and one >= 0 for one in offsets):
+        raise ValueError(f"{ascii(field)[:80]} is no place of a tensor")
+    return offsets[0], offsets[1]

@@ -1,0 +1,86 @@
+"""Tensors without memory, which stand for those that are still to be read, and what takes their place."""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distckpt.formats import Opened, Snapshot
+
+
+def stand_in(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """What stands for a tensor of that shape and type."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def is_stand_in(value: Any) -> bool:
+    """Whether that is a tensor that is still to be read."""
+    return isinstance(value, Tensor) and value.is_meta
+
+
+class NewMemory:
+    """New tensors, one for each stand-in: where that stands in two places, so does what takes its place.
+
+    Attributes:
+        targets: what `distckpt.formats.Opened.fill` is to fill.
+    """
+
+    def __init__(self) -> None:
+        self.targets: list[tuple[Tensor, Tensor]] = []
+        self._made: dict[int, Tensor] = {}
+
+    def take(self, stand_in: Tensor, *, device: torch.device | str = "cpu") -> Tensor:
+        """The tensor that takes the place of ``stand_in``: the same in each call."""
+        made = self._made.get(id(stand_in))
+        if made is None:
+            made = self._made[id(stand_in)] = torch.empty(stand_in.shape, dtype=stand_in.dtype, device=device)
+            self.targets.append((stand_in, made))
+        return made
+
+    def replaced(self, value: Any) -> Any:
+        """``value``, a tree as in a snapshot, with tensors in the place of stand-ins."""
+        if isinstance(value, Tensor):
+            return self.take(value) if value.is_meta else value
+        if type(value) is dict:
+            return {self.replaced(key): self.replaced(one) for key, one in value.items()}
+        if isinstance(value, dict):
+            same = copy.copy(value)  # with its attributes: that of a module has one for versions
+            same.clear()
+            same.update({self.replaced(key): self.replaced(one) for key, one in value.items()})
+            return same
+        if type(value) in (list, tuple, set, frozenset):
+            return type(value)(map(self.replaced, value))
+        if type(value) is deque:
+            return deque(map(self.replaced, value), value.maxlen)
+        return value
+
+
+class Whole:
+    """A snapshot in new host memory, once its targets are filled; see `distckpt.restoring.Fitted`."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        memory = NewMemory()
+        self.snapshot = Snapshot(
+            {name: memory.replaced(part) for name, part in snapshot.shared.items()},
+            {name: memory.replaced(part) for name, part in snapshot.own.items()},
+        )
+        self.targets: Sequence[tuple[Tensor, Tensor]] = memory.targets
+
+    def apply(self) -> None:
+        """Nothing is left to be done."""
+
+
+def read_whole(opened: Opened) -> Snapshot:
+    """The state in ``opened``, in new host memory, each byte of it checked.
+
+    Raises:
+        DamagedCheckpoint, OSError: as `distckpt.formats.Opened.fill`.
+    """
+    whole = Whole(opened.snapshot)
+    opened.fill(whole.targets)
+    return whole.snapshot
