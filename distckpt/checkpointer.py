@@ -23,7 +23,6 @@ from distckpt.formats.known import get_format
 from distckpt.judging import Judge
 from distckpt.keeping import LabelledKeeping
 from distckpt.manifest import Record
-from distckpt.matching import Selection
 from distckpt.progress import Progress
 from distckpt.ranks import from_leader, is_leader
 from distckpt.ranks.process_group import detect
@@ -31,6 +30,7 @@ from distckpt.resuming import best_of, name_of, resume, start_from
 from distckpt.run import Run
 from distckpt.saving import Job
 from distckpt.schedule import Interval, Schedule
+from distckpt.selection import Selection
 from distckpt.state import Parts
 from distckpt.stores.local import LocalStore
 from distckpt.triggers import Triggers
@@ -201,7 +201,7 @@ class Checkpointer:
 
         Raises:
             NoCheckpoint: on all ranks, where checkpoints are there but none verifies, or ``which`` is not there.
-            StateMismatch: on all ranks, where it is of another model. Nothing was changed.
+            StateMismatch: on all ranks, where it is of another model. Nothing of it was put in.
             NewerVersion: on all ranks, where a newer distckpt wrote it.
             RankFailure: on all ranks, where one failed otherwise.
         """

@@ -11,10 +11,11 @@ from distckpt.catalog import read_record
 from distckpt.errors import DamagedCheckpoint, NoCheckpoint
 from distckpt.formats import Format, Snapshot
 from distckpt.formats.pth import read_pth
-from distckpt.formats.safetensors_file import read_tensors
+from distckpt.formats.safetensors_reading import read_tensors
+from distckpt.formats.stand_ins import Whole, read_whole
 from distckpt.manifest import Manifest
 from distckpt.ranks import Solo
-from distckpt.restoring import read_newest
+from distckpt.restoring import restore_newest
 from distckpt.state import Parts
 from distckpt.stores.local import LocalStore
 
@@ -34,10 +35,7 @@ def read_modules(source: str, modules: Parts, get_format: Callable[[str], Format
     if path.is_dir() and (path / layout.MANIFEST).exists():
         return _read_folder(path, names, get_format)
     if path.is_dir():
-        restored = read_newest(Solo(), store=LocalStore(path), get_format=get_format, parts=names)
-        if restored is None:
-            raise NoCheckpoint(f"init_from: {source} holds no committed checkpoint")
-        return restored.snapshot
+        return _read_run(LocalStore(path), names, get_format, f"{source} holds no committed checkpoint")
     if not path.is_file():
         raise NoCheckpoint(f"init_from: {source} is neither a checkpoint nor a file")
     if len(names) != 1:
@@ -55,11 +53,20 @@ def _read_folder(path: Path, names: list[str], get_format: Callable[[str], Forma
     except FileNotFoundError:
         data = store.read(f"{path.name}/{layout.MANIFEST}")
         manifest = Manifest.from_json(data, f"{path.name}/{layout.MANIFEST}")
-        return get_format(manifest.format).read(store, path.name, manifest, 0, names)
-    restored = read_newest(Solo(), store=store, get_format=get_format, parts=names, name=path.name)
+        return read_whole(get_format(manifest.format).open(store, path.name, manifest, 0, names))
+    return _read_run(store, names, get_format, f"{path.name} is not committed", name=path.name)
+
+
+def _read_run(
+    store: LocalStore, names: list[str], get_format: Callable[[str], Format], else_told: str, name: str | None = None
+) -> Snapshot:
+    """The newest that verifies, or the one called ``name``."""
+    restored = restore_newest(
+        Solo(), lambda snapshot, _: Whole(snapshot), store=store, get_format=get_format, parts=names, name=name
+    )
     if restored is None:
-        raise NoCheckpoint(f"init_from: {path.name} is not committed")
-    return restored.snapshot
+        raise NoCheckpoint(f"init_from: {else_told}")
+    return restored.fitted.snapshot
 
 
 def _weights(saved: Any) -> Any:

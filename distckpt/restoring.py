@@ -1,74 +1,103 @@
-"""One restore, whole: the leader proposes a checkpoint, every rank reads and checks its part, all agree or go on
-to the one before it.
+"""One restore, whole: the leader proposes a checkpoint, every rank opens it, lays it beside the state and reads it
+into that; all agree, or go on to the one before it.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from distckpt import layout
 from distckpt.catalog import is_passing, read_manifest, refuse_newer, scan
-from distckpt.errors import DamagedCheckpoint, NewerVersion, NoCheckpoint
-from distckpt.formats import Format, Snapshot
-from distckpt.manifest import Manifest, Record
+from distckpt.errors import DamagedCheckpoint, NewerVersion, NoCheckpoint, StateMismatch
+from distckpt.formats import Format, Opened, Snapshot
+from distckpt.manifest import Record
 from distckpt.ranks import Json, Ranks, from_leader, is_leader, together
 from distckpt.stores import Store
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 _log = logging.getLogger("distckpt")
+
+_MIXED = " The state is not what it was: something of {} was read into it before that turned out to be damaged."
+
+
+class Fitted(Protocol):
+    """A checkpoint that was laid beside the state, and fits."""
+
+    @property
+    def targets(self) -> Sequence[tuple[Tensor, Tensor]]:
+        """What is to be read, and where it goes; see `distckpt.formats.Opened.fill`."""
+        ...
+
+    def apply(self) -> None:
+        """The state is the checkpoint's. To be called once the targets are filled, on all ranks."""
+        ...
+
+
+F = TypeVar("F", bound=Fitted)
 
 
 @dataclass(frozen=True)
-class Restored:
-    """What one rank read: the checkpoint's record and manifest, its state, and which newer ones were passed over."""
+class Restored(Generic[F]):
+    """What was restored: the checkpoint's record, how it fitted, and which newer ones were passed over."""
 
     record: Record
-    manifest: Manifest
-    snapshot: Snapshot
+    fitted: F
     skipped: tuple[str, ...] = ()
 
 
-def read_newest(
+def restore_newest(
     ranks: Ranks,
+    fit: Callable[[Snapshot, Record], F],
     *,
     store: Store,
     get_format: Callable[[str], Format],
     parts: Collection[str] | None = None,
     name: str | None = None,
-) -> Restored | None:
-    """The newest checkpoint that verifies on every rank; ``None`` where nothing was ever committed. Collective.
+) -> Restored[F] | None:
+    """The state is that of the newest checkpoint that verifies on every rank; ``None`` where nothing was ever
+    committed. Collective.
 
-    Nothing is changed yet: the state is in memory, each byte of it checked. A checkpoint that is damaged for any rank
-    is named in a warning, left for inspection, and the one before it is taken.
+    It is read straight into the tensors that ``fit`` chose, each byte checked on the way; all else is put in after
+    that. A checkpoint that is damaged for any rank is named in a warning, left for inspection, and the one before it
+    is taken, which replaces what was read of it.
 
     Args:
+        fit: lays a checkpoint beside the state, and changes nothing.
         parts: only these parts of the state.
         name: only this checkpoint, whatever else is there.
 
     Raises:
         NoCheckpoint: on every rank, where none of the candidates verifies. Never a silent fresh start.
         NewerVersion: on every rank, where a newer distckpt wrote one.
+        StateMismatch: on every rank, where ``fit`` raises it on any.
         RankFailure: on every rank, where one failed otherwise.
+        Where something was read into the state by then, each of them says so.
     """
-    candidates = from_leader(ranks, "choice of a checkpoint", lambda: _candidates(store, name))
     skipped: list[str] = []
-    for text in candidates:
-        record = Record.from_json(text.encode(), "record")
-        reader = _Reader(record, store, get_format, ranks.rank, parts)
-        faults = {
-            rank: fault for rank, fault in enumerate(together(ranks, f"read of {record.name}", reader.fault)) if fault
-        }
-        if not faults and reader.restored is not None:
-            return Restored(reader.restored.record, reader.restored.manifest, reader.restored.snapshot, tuple(skipped))
-        skipped.append(record.name)
+    mixed = ""
+    for text in from_leader(ranks, "choice of a checkpoint", lambda: _candidates(store, name)):
+        one = _Candidate(Record.from_json(text.encode(), "record"), store, get_format, ranks.rank, parts, fit)
+        faults = _faults(ranks, f"look into {one.name}", one.open)
+        if not faults:
+            _match(ranks, one, mixed)
+            faults = _faults(ranks, f"read of {one.name}, of which the state holds a part now,", one.fill)
+            mixed = _MIXED.format(one.name)
+        if not faults:
+            together(ranks, f"load of {one.name}", one.apply)
+            return Restored(one.record, one.fitted, tuple(skipped))
+        skipped.append(one.name)
         if is_leader(ranks):
             told = "; ".join(f"rank {rank}: {fault}" for rank, fault in faults.items())
-            _log.warning("%s is damaged and passed over; it is left for inspection. %s", record.name, told)
+            _log.warning("%s is damaged and passed over; it is left for inspection. %s", one.name, told)
     if skipped:
         raise NoCheckpoint(
             f"{store.url}: none of the committed checkpoints can be read ({', '.join(skipped)}). They are left as "
-            "they are; to start from nothing, use another directory"
+            f"they are; to start from nothing, use another directory.{mixed}"
         )
     return None
 
@@ -95,8 +124,35 @@ def _candidates(store: Store, name: str | None) -> Json:
     return [record.to_json().decode() for record in reversed(listing.records)]
 
 
-class _Reader:
-    """Reads one candidate on one rank. That it is damaged is a result, told to all, and no exception."""
+def _match(ranks: Ranks, one: _Candidate[F], mixed: str) -> None:
+    try:
+        together(ranks, f"match of {one.name} with the state", one.fit)
+    except StateMismatch as error:
+        raise StateMismatch(f"{error}{mixed}") from error
+
+
+def _faults(ranks: Ranks, during: str, work: Callable[[], None]) -> dict[int, str]:
+    """What is damaged for each rank: a result, told to all, and no exception."""
+
+    def fault() -> str:
+        try:
+            work()
+        except NewerVersion:
+            raise
+        except (DamagedCheckpoint, OSError, EOFError) as error:
+            if not isinstance(error, DamagedCheckpoint) and is_passing(error):
+                raise
+            return f"{type(error).__name__}: {error}"
+        return ""
+
+    return {rank: told for rank, told in enumerate(together(ranks, during, fault)) if told}
+
+
+class _Candidate(Generic[F]):
+    """One checkpoint on its way into the state of one rank."""
+
+    fitted: F
+    _opened: Opened
 
     def __init__(
         self,
@@ -105,26 +161,29 @@ class _Reader:
         get_format: Callable[[str], Format],
         rank: int,
         parts: Collection[str] | None,
+        fit: Callable[[Snapshot, Record], F],
     ) -> None:
-        self._record = record
+        self.record = record
+        self.name = record.name
         self._store = store
         self._get_format = get_format
         self._rank = rank
         self._parts = parts
-        self.restored: Restored | None = None
+        self._fit = fit
 
-    def fault(self) -> str:
-        record = self._record
-        try:
-            manifest = read_manifest(self._store, record)
-            if layout.StepName.parse(record.name) and manifest.progress != record.progress:
-                raise DamagedCheckpoint(f"{record.name}: its manifest is of step {manifest.progress.step}")
-            snapshot = self._get_format(record.format).read(self._store, record.name, manifest, self._rank, self._parts)
-        except NewerVersion:
-            raise
-        except (DamagedCheckpoint, OSError, EOFError) as error:
-            if not isinstance(error, DamagedCheckpoint) and is_passing(error):
-                raise
-            return f"{type(error).__name__}: {error}"
-        self.restored = Restored(record, manifest, snapshot)
-        return ""
+    def open(self) -> None:
+        record = self.record
+        manifest = read_manifest(self._store, record)
+        if layout.StepName.parse(record.name) and manifest.progress != record.progress:
+            raise DamagedCheckpoint(f"{record.name}: its manifest is of step {manifest.progress.step}")
+        read = self._get_format(record.format)
+        self._opened = read.open(self._store, record.name, manifest, self._rank, self._parts)
+
+    def fit(self) -> None:
+        self.fitted = self._fit(self._opened.snapshot, self.record)
+
+    def fill(self) -> None:
+        self._opened.fill(self.fitted.targets)
+
+    def apply(self) -> None:
+        self.fitted.apply()

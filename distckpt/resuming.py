@@ -12,9 +12,10 @@ from distckpt.formats import Snapshot
 from distckpt.formats.known import get_format
 from distckpt.initialising import read_modules
 from distckpt.manifest import Record
-from distckpt.matching import Matched, Selection, match
+from distckpt.matching import Matched, match
 from distckpt.ranks import Ranks, is_leader, together
 from distckpt.run import Run
+from distckpt.selection import Selection
 from distckpt.state import Parts
 
 _log = logging.getLogger("distckpt")
@@ -25,21 +26,30 @@ def resume(run: Run, parts: Parts, selection: Selection, *, name: str | None, st
     where nothing was ever committed. Collective. One log line says how exact it is.
 
     Raises:
-        NoCheckpoint, NewerVersion, RankFailure: on all ranks, as in `distckpt.restoring.read_newest`.
-        StateMismatch: on all ranks, where it does not fit; nothing was changed then.
+        NoCheckpoint, NewerVersion, RankFailure: on all ranks, as in `distckpt.restoring.restore_newest`.
+        StateMismatch: on all ranks, where it does not fit; nothing of it was put in then.
     """
-    restored = run.restore(name=name)
+    tried: list[Sequence[str]] = []
+
+    def fit(snapshot: Snapshot, record: Record) -> Matched:
+        is_same_world = record.world_size == run.ranks.world_size
+        matched = match(parts, snapshot, selection, strict=strict, is_same_world=is_same_world)
+        tried.append(matched.report.in_place)
+        return matched
+
+    restored = run.restore(fit, name=name)
     if restored is None:
         return None
-    record = restored.record
-    is_same_world = record.world_size == run.ranks.world_size
-    matched = _put_in(
-        run.ranks, parts, restored.snapshot, selection, record.name, strict=strict, is_same_world=is_same_world
-    )
+    record, matched = restored.record, restored.fitted
     run.record = record
     run.saved = record.progress if not matched.report.left and matched.report.is_whole else None
     if is_leader(run.ranks):
         _log.info("%s", matched.exactness(record))
+        if spoiled := {key for keys in tried for key in keys} - set(matched.report.loaded):
+            told = ", ".join(sorted(spoiled)[:20])
+            _log.warning(
+                "%d hold what a damaged checkpoint does, and %s has none of: %s", len(spoiled), record.name, told
+            )
     return record
 
 
@@ -54,9 +64,15 @@ def start_from(source: str, ranks: Ranks, parts: Parts, selection: Selection, *,
     read: list[Snapshot] = []
     modules = Parts(parts.modules, per_rank=())
     together(ranks, f"read of {source}", lambda: read.append(read_modules(source, modules, get_format)))
-    matched = _put_in(ranks, modules, read[0], selection, source, strict=strict, is_same_world=False)
+    fitted: list[Matched] = []
+
+    def lay_beside() -> None:
+        fitted.append(match(modules, read[0], selection, strict=strict, is_same_world=False))
+
+    together(ranks, f"match of {source} with the state", lay_beside)
+    together(ranks, f"load of {source}", fitted[0].apply)
     if is_leader(ranks):
-        _log.info("started from %s: %s", source, matched.report)
+        _log.info("started from %s: %s", source, fitted[0].report)
 
 
 def name_of(which: str | int, records: Sequence[Record], metrics: Sequence[Metric]) -> str | None:
@@ -82,23 +98,3 @@ def best_of(records: Sequence[Record], metrics: Sequence[Metric]) -> Record | No
     """The best of ``records`` by the first of ``metrics``."""
     ranked = ranking(metrics[0], records) if metrics else []
     return ranked[0] if ranked else None
-
-
-def _put_in(
-    ranks: Ranks,
-    parts: Parts,
-    snapshot: Snapshot,
-    selection: Selection,
-    name: str,
-    *,
-    strict: bool,
-    is_same_world: bool,
-) -> Matched:
-    matched: list[Matched] = []
-
-    def lay_beside() -> None:
-        matched.append(match(parts, snapshot, selection, strict=strict, is_same_world=is_same_world))
-
-    together(ranks, f"match of {name} with the state", lay_beside)
-    together(ranks, f"load of {name}", matched[0].apply)
-    return matched[0]

@@ -16,10 +16,11 @@ from distckpt.engine.stager import Stager
 from distckpt.formats import Format, Snapshot, Staged, Written
 from distckpt.formats.full import FORMAT
 from distckpt.formats.known import get_format
+from distckpt.formats.stand_ins import Whole
 from distckpt.manifest import Record
 from distckpt.progress import Progress
 from distckpt.ranks import Ranks, is_leader
-from distckpt.restoring import Restored, read_newest
+from distckpt.restoring import Restored, restore_newest
 from distckpt.saving import Job, save
 from distckpt.stores import Store
 from distckpt.stores.local import LocalStore
@@ -92,9 +93,11 @@ class Saves:
 
         return on_threads(self.ranks, work)
 
-    def restore(self, **words: Any) -> list[Restored | None | BaseException]:
-        """What each rank restores."""
+    def restore(
+        self, fit: Callable[[Snapshot, Record], Any] = lambda snapshot, _: Whole(snapshot), **words: Any
+    ) -> list[Restored[Any] | None | BaseException]:
+        """What each rank restores, into new memory if nothing else is said."""
         return on_threads(
             self.ranks,
-            lambda ranks: read_newest(ranks, store=self.stores[ranks.rank], get_format=get_format, **words),
+            lambda ranks: restore_newest(ranks, fit, store=self.stores[ranks.rank], get_format=get_format, **words),
         )

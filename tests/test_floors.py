@@ -10,7 +10,7 @@ import pytest
 GROUND = {"errors"}
 WORDS = {"layout", "progress", "strict_json"}
 RECORDS = {"manifest"}
-POLICIES = {"schedule", "best", "retention", "contest", "words"}
+POLICIES = {"schedule", "best", "retention", "contest", "selection", "words"}
 CONTRACTS = {"ranks", "stores", "formats"}
 FLOWS = {
     *("attempt", "agreeing", "catalog", "saving", "restoring", "writer", "run"),
@@ -26,6 +26,7 @@ HANDS = {
     *(
         "ranks.process_group",
         "buffers",
+        "destinations",
         "environment",
         "matching",
         "message_hub",

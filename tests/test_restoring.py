@@ -61,8 +61,8 @@ def test_the_newest_is_restored_with_what_is_each_ranks_own(two_saves):
     told = two_saves.restore()
     assert steps(told) == [2, 2]
     for rank, restored in enumerate(told):
-        assert torch.equal(restored.snapshot.shared["model"]["weight"], torch.full((3, 2), 2.0))
-        assert restored.snapshot.own["rng"] == {"rank": rank, "step": 2} and restored.skipped == ()
+        assert torch.equal(restored.fitted.snapshot.shared["model"]["weight"], torch.full((3, 2), 2.0))
+        assert restored.fitted.snapshot.own["rng"] == {"rank": rank, "step": 2} and restored.skipped == ()
 
 
 @pytest.mark.parametrize("how", DAMAGE)

@@ -16,7 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distckpt import Checkpointer
 from distckpt.formats import Snapshot
-from distckpt.matching import Selection, match
+from distckpt.matching import match
+from distckpt.selection import Selection
 from distckpt.state import Parts, canonical_keys
 
 

@@ -1,0 +1,135 @@
+"""Where the tensors of a checkpoint are read to: into live tensors themselves where that is right, else new ones."""
+
+from __future__ import annotations
+
+import copy
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distckpt.formats.stand_ins import NewMemory, is_stand_in
+
+_PLAIN = (Tensor, nn.Parameter)
+
+
+class IntoModule:
+    """What goes into one module: its live tensors themselves where they fit, else what ``load_state_dict`` is given.
+
+    Attributes:
+        targets: the live ones, each behind what stands for it.
+
+    Args:
+        live: its ``state_dict()``.
+        memory: what is not read into a live tensor is read into this.
+    """
+
+    def __init__(self, module: nn.Module, live: dict[str, Any], memory: NewMemory) -> None:
+        self.targets: list[tuple[Tensor, Tensor]] = []
+        self._module = module
+        self._live = live
+        self._memory = memory
+        self._state = copy.copy(live)  # with the versions of its modules, which some need to read their state
+        self._state.clear()
+        self._tensors, self._is_stock = _live_tensors(module)
+        self._taken: dict[int, Tensor] = {}
+
+    def take(self, key: str, found: Any) -> bool:
+        """``found`` is to be under ``key``; whether it goes straight to where it is."""
+        tensor = self._tensors.get(key)
+        if tensor is None or not is_stand_in(found) or not self._is_live(key, tensor, found):
+            self._state[key] = self._memory.replaced(found)
+            self._is_stock = False
+            return False
+        self.targets.append((found, tensor))
+        self._state[key] = tensor
+        return True
+
+    def put_in(self) -> None:
+        """The module holds what it takes, once that was read. A live tensor is copied to itself, which costs nothing,
+        so that overrides and hooks see all keys."""
+        if not self._is_stock:
+            self._module.load_state_dict(self._state, strict=False)
+
+    def _is_live(self, key: str, tensor: Tensor, found: Tensor) -> bool:
+        """Whether reading into ``tensor`` is what loading would come to: the state shows it as it is, and no other of
+        the checkpoint's tensors goes to the same memory."""
+        shown = self._live[key]
+        is_shown = isinstance(shown, Tensor) and shown.data_ptr() == tensor.data_ptr() and shown.dtype == tensor.dtype
+        if not is_shown or tensor.dtype != found.dtype or tensor.shape != found.shape:
+            return False
+        return self._taken.setdefault(tensor.data_ptr(), found) is found or not tensor.numel()
+
+
+def take_beside(optimizer: torch.optim.Optimizer, saved: Any, memory: NewMemory) -> None:
+    """What ``load_state_dict`` of ``optimizer`` would move to the devices of its parameters has its ``memory`` there.
+
+    ``saved`` has as many parameters as ``optimizer``.
+    """
+    here = chain.from_iterable(group["params"] for group in optimizer.param_groups)
+    there = chain.from_iterable(group["params"] for group in saved["param_groups"])
+    for index, parameter in zip(there, here, strict=True):
+        for name, value in saved["state"].get(index, {}).items():
+            if is_stand_in(value) and name != "step":  # which stays on the host, unless the optimizer moves it
+                memory.take(value, device=parameter.device)
+
+
+def _live_tensors(module: nn.Module) -> tuple[dict[str, Tensor], bool]:
+    """The parameters and buffers, by key of ``state_dict``, that ``load_state_dict`` would do no more to than copy
+    into them; and whether that is all it would do.
+
+    Not those of modules that load in a way of their own, by an override or a hook, nor of the modules inside of them.
+    """
+    found: dict[str, Tensor] = {}
+    is_all = _loads_whole_as_stock(module)
+    pending = [(module, "", is_all)]
+    while pending:
+        one, prefix, is_stock = pending.pop()
+        is_stock = is_stock and _loads_as_stock(one)
+        is_all = is_all and is_stock
+        if is_stock:
+            held = chain(one._parameters.items(), one._buffers.items())
+            found.update({prefix + name: tensor for name, tensor in held if tensor is not None and _is_plain(tensor)})
+        pending += [(child, f"{prefix}{name}.", is_stock) for name, child in one._modules.items() if child is not None]
+    return found, is_all
+
+
+def _loads_whole_as_stock(module: nn.Module) -> bool:
+    return _is_of_module(module.load_state_dict, nn.Module.load_state_dict)
+
+
+def _loads_as_stock(module: nn.Module) -> bool:
+    if module._load_state_dict_post_hooks:
+        return False
+    if not all(_is_ours(hook) for hook in module._load_state_dict_pre_hooks.values()):
+        return False
+    return _is_of_module(module._load_from_state_dict, nn.Module._load_from_state_dict)
+
+
+def _is_of_module(method: Any, stock: Any) -> bool:
+    return getattr(method, "__func__", None) is stock
+
+
+def _is_ours(hook: Any) -> bool:
+    """torch wraps what was registered."""
+    return bool(getattr(getattr(hook, "hook", hook), "is_of_distckpt", False))
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether its elements are numbers in memory, each in its own place, which may be overwritten."""
+    if type(tensor) not in _PLAIN or tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:
+        return False
+    if tensor.is_meta or tensor.is_conj() or tensor.is_neg() or tensor.is_inference():
+        return False
+    return tensor.is_contiguous() or not _may_overlap(tensor)
+
+
+def _may_overlap(tensor: Tensor) -> bool:
+    reach = 0
+    for stride, extent in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if extent > 1:
+            if stride <= reach:
+                return True
+            reach += stride * (extent - 1)
+    return False
