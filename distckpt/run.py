@@ -15,11 +15,11 @@ from distckpt.agreeing import Request, Requests
 from distckpt.attempt import Attempt, Holder
 from distckpt.catalog import Catalog
 from distckpt.errors import DistckptError
-from distckpt.formats import Format, Staged
+from distckpt.formats import Format, Snapshot, Staged
 from distckpt.manifest import Record
 from distckpt.progress import Progress
 from distckpt.ranks import Ranks, from_leader, is_leader, together
-from distckpt.restoring import Restored, read_newest
+from distckpt.restoring import F, Restored, restore_newest
 from distckpt.saving import Job, save
 from distckpt.stores import Store
 from distckpt.writer import Writer
@@ -204,10 +204,18 @@ class Run:
 
         self.on_leader(rewrite)
 
-    def restore(self, *, name: str | None = None, parts: Collection[str] | None = None) -> Restored | None:
-        """As `read_newest`, after the save in flight has ended."""
+    def restore(
+        self,
+        fit: Callable[[Snapshot, Record], F],
+        *,
+        name: str | None = None,
+        parts: Collection[str] | None = None,
+    ) -> Restored[F] | None:
+        """As `restore_newest`, after the save in flight has ended."""
         self.settle()
-        restored = read_newest(self.ranks, store=self.store, get_format=self._get_format, parts=parts, name=name)
+        restored = restore_newest(
+            self.ranks, fit, store=self.store, get_format=self._get_format, parts=parts, name=name
+        )
         if restored is not None:
             self._damaged.update(restored.skipped)
         return restored
