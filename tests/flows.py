@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
@@ -16,8 +16,8 @@ from distckpt.engine.stager import Stager
 from distckpt.formats import Format, Snapshot, Staged, Written
 from distckpt.formats.full import FORMAT
 from distckpt.formats.known import get_format
-from distckpt.formats.stand_ins import Whole
-from distckpt.manifest import Record
+from distckpt.formats.stand_ins import Whole, read_whole
+from distckpt.manifest import Manifest, Record
 from distckpt.progress import Progress
 from distckpt.ranks import Ranks, is_leader
 from distckpt.restoring import Restored, restore_newest
@@ -47,6 +47,18 @@ def write_now(format: Format, snapshot: Snapshot, store: Store, path: str, rank:
         return staged.write(store, path)
     finally:
         staged.release()
+
+
+def read_now(
+    format: Format,
+    store: Store,
+    path: str,
+    manifest: Manifest,
+    rank: int = 0,
+    parts: Collection[str] | None = None,
+) -> Snapshot:
+    """That checkpoint, in new memory."""
+    return read_whole(format.open(store, path, manifest, rank, parts))
 
 
 class Saves:

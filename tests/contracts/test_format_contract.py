@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from flows import read_now, write_now
 
 from distckpt.attempt import Attempt, Holder
 from distckpt.catalog import Catalog, read_manifest
@@ -61,13 +62,14 @@ class Committed:
         catalog = Catalog(self.store, Attempt.start(self.store, Holder("here", 1, "")))
         draft = catalog.begin(Progress(1), None if format.is_folder else FILE_NAME)
         self.written = [
-            format.write(snapshot_of(rank), store, draft.path, rank) for rank, store in enumerate(self.counted)
+            write_now(format, snapshot_of(rank), store, draft.path, rank) for rank, store in enumerate(self.counted)
         ]
         files = [file for one in self.written for file in one.files]
         if not format.is_folder:
             (file,) = files
             files = [type(file)(draft.name, file.size_bytes, file.xxh3_128)]
-        manifest = Manifest(Progress(1), format.name, world_size, (), "", "", 0, 0, tuple(files))
+        tensors = tuple(tensor for one in self.written for tensor in one.tensors)
+        manifest = Manifest(Progress(1), format.name, world_size, (), "", "", 0, 0, tuple(files), tensors)
         self.record: Record = catalog.commit(draft, manifest)
         self.manifest = read_manifest(self.store, self.record)
 
@@ -78,7 +80,7 @@ class Committed:
         return {file.path: place / file.path for file in self.manifest.files}
 
     def read(self, rank: int = 0, parts=None) -> Snapshot:
-        return self.format.read(self.store, self.record.name, self.manifest, rank, parts)
+        return read_now(self.format, self.store, self.record.name, self.manifest, rank, parts)
 
     def faults(self) -> list[str]:
         """What each rank says that cannot read it whole."""
@@ -145,16 +147,16 @@ def test_a_state_with_nothing_in_it_is_a_state(format, tmp_path):
     store = LocalStore(tmp_path)
     store.make_folder("draft")
     path = "draft" if format.is_folder else "draft/file"
-    written = format.write(Snapshot(), store, path, 0)
+    written = write_now(format, Snapshot(), store, path)
     manifest = Manifest(Progress(1), format.name, 1, (), "", "", 0, 0, written.files)
-    assert format.read(store, path, manifest, 0, None) == Snapshot({}, {})
+    assert read_now(format, store, path, manifest) == Snapshot({}, {})
 
 
 def test_writing_changes_nothing_of_the_state(format, tmp_path):
     snapshot = snapshot_of(0)
     store = LocalStore(tmp_path)
     store.make_folder("draft")
-    format.write(snapshot, store, "draft" if format.is_folder else "draft/file", 0)
+    write_now(format, snapshot, store, "draft" if format.is_folder else "draft/file")
     assert same(snapshot.shared, snapshot_of(0).shared) and same(snapshot.own, snapshot_of(0).own)
 
 
@@ -190,7 +192,7 @@ def test_a_rank_only_creates_files_and_no_two_ranks_the_same(committed):
 def test_what_is_there_already_is_not_written_over(committed):
     path = committed.record.name
     with pytest.raises(FileExistsError):
-        committed.format.write(snapshot_of(0), committed.store, path, 0)
+        write_now(committed.format, snapshot_of(0), committed.store, path)
     assert committed.faults() == []
 
 
@@ -209,7 +211,7 @@ def test_a_disk_that_fails_at_any_file_fails_the_write_and_leaves_no_half_file(f
         store.make_folder(f"draft-{moment}")
         path = f"draft-{moment}" if format.is_folder else f"draft-{moment}/file"
         with pytest.raises(OSError, match="No space left"):
-            format.write(snapshot_of(0), FaultyStore(store, fail_at=moment), path, 0)
+            write_now(format, snapshot_of(0), FaultyStore(store, fail_at=moment), path)
         assert len(store.list(f"draft-{moment}")) == moment
 
 

@@ -17,6 +17,7 @@ from torch import nn
 from distckpt import Checkpointer, DamagedCheckpoint, SaveFailed, layout
 from distckpt.catalog import read_manifest, scan
 from distckpt.formats.full import FORMAT
+from distckpt.formats.stand_ins import read_whole
 from distckpt.stores.local import LocalStore
 
 RUN = "runs/tiny"
@@ -114,7 +115,7 @@ def broken_records(run: Path) -> list[str]:
     found = [str(error) for error in listing.unreadable.values()]
     for record in listing.records:
         try:
-            FORMAT.read(store, record.name, read_manifest(store, record), 0, None)
+            read_whole(FORMAT.open(store, record.name, read_manifest(store, record), 0, None))
         except (DamagedCheckpoint, OSError) as error:
             found.append(f"record without its content: {error}")
     return found

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from flows import read_now, write_now
 from torch import nn
 
 from distckpt.errors import DamagedCheckpoint
@@ -47,7 +48,7 @@ def own_state(rank: int) -> dict[str, Any]:
 def write(store: LocalStore, world_size: int) -> Manifest:
     store.make_folder(FOLDER)
     told = [
-        FORMAT.write(Snapshot(shared_state() if rank == 0 else {}, own_state(rank)), store, FOLDER, rank)
+        write_now(FORMAT, Snapshot(shared_state() if rank == 0 else {}, own_state(rank)), store, FOLDER, rank)
         for rank in range(world_size)
     ]
     return manifest_of(told)
@@ -69,7 +70,7 @@ def manifest_of(told: list[Written]) -> Manifest:
 
 
 def read(store: LocalStore, manifest: Manifest, rank: int = 0, parts: Any = None) -> Snapshot:
-    return FORMAT.read(store, FOLDER, manifest, rank, parts)
+    return read_now(FORMAT, store, FOLDER, manifest, rank, parts)
 
 
 def test_files_are_called_by_part_and_by_rank(store):
@@ -184,7 +185,7 @@ def test_an_index_that_was_not_written_by_us_is_refused_by_name(store, told):
     entry = FileEntry("state.json", len(data), digest(data))
     files = [entry if file.path == "state.json" else file for file in manifest.files]
     with pytest.raises(DamagedCheckpoint, match="state.json"):
-        read(store, manifest_of([Written(tuple(files))]))
+        read(store, manifest_of([Written(tuple(files), manifest.tensors)]))
 
 
 def test_a_manifest_without_the_index_is_refused(store):
@@ -197,4 +198,4 @@ def test_a_manifest_without_the_index_is_refused(store):
 def test_a_value_that_cannot_be_stored_is_named_with_its_part(store):
     store.make_folder(FOLDER)
     with pytest.raises(TypeError, match=r"^extra\.inner\.0 is a builtins.object"):
-        FORMAT.write(Snapshot({"extra": {"inner": [object()]}}), store, FOLDER, 0)
+        write_now(FORMAT, Snapshot({"extra": {"inner": [object()]}}), store, FOLDER)
