@@ -16,7 +16,10 @@ FLOWS = {
     *("attempt", "agreeing", "catalog", "saving", "restoring", "writer", "run"),
     *("judging", "keeping", "linked_keeping", "pointer", "triggers"),
 }
-HANDS_WITHOUT_TORCH = {"stores.local", "ranks.board"}
+HANDS_WITHOUT_TORCH = {
+    "ranks.board",
+    *("stores.direct", "stores.file_sink", "stores.file_source", "stores.local", "stores.naming", "stores.read_ahead"),
+}
 ENGINE = {"arena", "copying", "guard", "memory", "plan", "snapshot", "stager", "transfer", "witness", "writing"}
 HANDS = {
     *HANDS_WITHOUT_TORCH,

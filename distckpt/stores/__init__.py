@@ -13,7 +13,8 @@ class Sink(Protocol):
     """A new file that is being written from its start to its end."""
 
     def write(self, data: Buffer) -> None:
-        """Append all of ``data``."""
+        """Append all of ``data``. It costs least where data and their place in the file begin on 4 KiB boundaries: a
+        store may then write them without a copy."""
         ...
 
 
@@ -23,7 +24,8 @@ class Source(Protocol):
     size_bytes: int
 
     def read_into(self, target: Buffer) -> None:
-        """Fill all of ``target`` with the next bytes; ``EOFError`` where the file ends before."""
+        """Fill all of ``target`` with the next bytes; ``EOFError`` where the file ends before. A large file may be read
+        ahead, in the background, until the context is left."""
         ...
 
 

@@ -14,21 +14,20 @@ import secrets
 import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
 
 from distckpt import layout, strict_json
-
-if TYPE_CHECKING:
-    from typing_extensions import Buffer
+from distckpt.stores.direct import Direct
+from distckpt.stores.file_sink import PIECE_BYTES, FileSink
+from distckpt.stores.file_source import FileSource
+from distckpt.stores.naming import naming
 
 _log = logging.getLogger("distckpt")
 
 _READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 _ANY = os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-_PIECE_BYTES = 16 * 1024 * 1024
 
 # Some network and FUSE mounts refuse these calls; every other error is an error.
 _NO_FSYNC_OF_FOLDERS = {errno.EINVAL, errno.ENOTSUP}
@@ -42,6 +41,7 @@ class LocalStore:
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self.root = Path(root).absolute()
         self.url = str(root)
+        self._direct = Direct(self.url)
         self._locks: dict[str, int] = {}
         self._has_warned = False
 
@@ -78,23 +78,24 @@ class LocalStore:
             return bytes(data)
 
     @contextmanager
-    def open(self, path: str) -> Iterator[_FileSource]:
+    def open(self, path: str) -> Iterator[FileSource]:
         place = self._at(path)
         fd = os.open(place, _READ)
         try:
-            yield _FileSource(fd, place, _regular(fd, place).st_size)
+            with closing(FileSource(fd, place, _regular(fd, place).st_size, self._direct)) as source:
+                yield source
         finally:
             os.close(fd)
 
     @contextmanager
-    def create(self, path: str) -> Iterator[_FileSink]:
+    def create(self, path: str) -> Iterator[FileSink]:
         place = self._at(path)
         fd = os.open(place, _NEW, 0o666)
         own = os.fstat(fd)
         is_open = True
         try:
-            yield _FileSink(fd, place)
-            with _naming(place):
+            yield FileSink(fd, place, self._direct)
+            with naming(place):
                 os.fsync(fd)
                 is_open = False
                 os.close(fd)
@@ -132,7 +133,7 @@ class LocalStore:
         fd = os.open(place, _ANY | os.O_WRONLY | os.O_APPEND, 0o666)
         try:
             _regular(fd, place)
-            _FileSink(fd, place).write(data)
+            FileSink(fd, place).write(data)
         finally:
             os.close(fd)
 
@@ -250,7 +251,7 @@ class LocalStore:
         with self.open(source) as old, self.create(str(target.relative_to(self.root))) as new:
             left = old.size_bytes
             while left:
-                piece = bytearray(min(left, _PIECE_BYTES))
+                piece = bytearray(min(left, PIECE_BYTES))
                 old.read_into(piece)
                 new.write(piece)
                 left -= len(piece)
@@ -258,7 +259,7 @@ class LocalStore:
     def _fsync_folder(self, folder: Path) -> None:
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            with _naming(folder):
+            with naming(folder):
                 os.fsync(fd)
         except OSError as error:
             if error.errno not in _NO_FSYNC_OF_FOLDERS:
@@ -268,48 +269,6 @@ class LocalStore:
             self._has_warned = True
         finally:
             os.close(fd)
-
-
-class _FileSink:
-    def __init__(self, fd: int, place: Path) -> None:
-        self._fd = fd
-        self._place = place
-
-    def write(self, data: Buffer) -> None:
-        rest = memoryview(data).cast("B")
-        while rest:
-            with _naming(self._place):
-                written = os.write(self._fd, rest[:_PIECE_BYTES])
-            if written == 0:
-                raise OSError(errno.EIO, "nothing was written", str(self._place))
-            rest = rest[written:]
-
-
-class _FileSource:
-    def __init__(self, fd: int, place: Path, size_bytes: int) -> None:
-        self._fd = fd
-        self._place = place
-        self.size_bytes = size_bytes
-
-    def read_into(self, target: Buffer) -> None:
-        rest = memoryview(target).cast("B")
-        while rest:
-            with _naming(self._place):
-                count = os.readv(self._fd, [rest[: 64 * _PIECE_BYTES]])
-            if count == 0:
-                raise EOFError(f"{self._place} ends {len(rest)} bytes too early")
-            rest = rest[count:]
-
-
-@contextmanager
-def _naming(place: Path) -> Iterator[None]:
-    """An error of a call that knows only a number of a file says which file it is."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None:
-            error.filename = str(place)
-        raise
 
 
 def _regular(fd: int, place: Path) -> os.stat_result:

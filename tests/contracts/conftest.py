@@ -20,7 +20,7 @@ from distckpt.stores import Store
 from distckpt.stores.local import LocalStore
 from distckpt.testing import FaultyStore, on_threads, thread_ranks
 
-# How a store of each module in distckpt/stores is made in an empty folder.
+# How a store of each module in distckpt/stores that has one is made in an empty folder.
 MAKERS: dict[str, Callable[[Path], Store]] = {"local": LocalStore}
 
 
@@ -34,7 +34,19 @@ def formats_in_their_folder() -> dict[str, Format]:
     return {module.FORMAT.name: module.FORMAT for module in modules if hasattr(module, "FORMAT")}
 
 
-@pytest.fixture(params=sorted(modules_in(stores)))
+def stores_in_their_folder() -> set[str]:
+    """Every module of distckpt/stores that defines a class named "...Store". The others are what a store is made of:
+    they make no promise that a caller of a store would hear of."""
+    modules = {name: importlib.import_module(f"{stores.__name__}.{name}") for name in modules_in(stores)}
+    return {
+        name
+        for name, module in modules.items()
+        for one in vars(module).values()
+        if isinstance(one, type) and one.__name__.endswith("Store") and one.__module__ == module.__name__
+    }
+
+
+@pytest.fixture(params=sorted(stores_in_their_folder()))
 def make_store(request: pytest.FixtureRequest) -> Callable[[Path], Store]:
     """Makes a store in a folder; a module that nobody taught this to make has no contract that is kept."""
     assert request.param in MAKERS, f"distckpt/stores/{request.param}.py: say in MAKERS how one is made"

@@ -133,7 +133,7 @@ class Disk:
                     self._change({call.path: None, call.other: moved})
             case "unlink" | "rmdir":
                 self._change({call.path: None})
-            case "close" | "note":
+            case "close" | "note" | "direct" | "cached":  # past the page cache is not yet on the disk
                 pass
             case _:
                 raise ValueError(f"no model of {call}")

@@ -298,9 +298,11 @@ EXPORT DIR *opendir(const char *name) {
     return stream;
 }
 
+static int is_for_reading(int fd) { return (syscall(SYS_fcntl, fd, F_GETFL) & O_ACCMODE) == O_RDONLY; }
+
 EXPORT int close(int fd) {
     struct call call = {.name = "close", .other = ""};
-    if (!place_of_fd(fd, call.path) || (fcntl(fd, F_GETFL) & O_ACCMODE) == O_RDONLY)
+    if (!place_of_fd(fd, call.path) || is_for_reading(fd))
         return (int)syscall(SYS_close, fd);
     begin(&call, "close", CHANGES, 0);
     ino_t inode = inode_of_fd(fd);
@@ -313,6 +315,29 @@ EXPORT int close(int fd) {
         errno = error;
     return result;
 }
+
+/* Only that reads and writes of an open file pass the page cache by, or no longer, is a call of its own. */
+static int do_fcntl(int fd, int command, long argument) {
+    struct call call = {.other = ""};
+    if (command != F_SETFL || !place_of_fd(fd, call.path))
+        return (int)syscall(SYS_fcntl, fd, command, argument);
+    begin(&call, argument & O_DIRECT ? "direct" : "cached", is_for_reading(fd) ? READS : CHANGES, 0);
+    int result = call.verdict == FAIL ? (errno = box.error, -1) : (int)syscall(SYS_fcntl, fd, command, argument);
+    int error = result < 0 ? errno : 0;
+    end(&call, error, inode_of_fd(fd), 0, 0, -1);
+    if (error)
+        errno = error;
+    return result;
+}
+
+#define ARGUMENT(command)                                                                                              \
+    va_list rest;                                                                                                      \
+    va_start(rest, command);                                                                                           \
+    long argument = va_arg(rest, long);                                                                                \
+    va_end(rest)
+
+EXPORT int fcntl(int fd, int command, ...) { ARGUMENT(command); return do_fcntl(fd, command, argument); }
+EXPORT int fcntl64(int fd, int command, ...) { ARGUMENT(command); return do_fcntl(fd, command, argument); }
 
 /* ---- bytes ------------------------------------------------------------------------------------------------------ */
 
@@ -478,7 +503,7 @@ EXPORT int syncfs(int fd) {
     return place_of_fd(fd, place) ? (errno = EOPNOTSUPP, -1) : (int)syscall(SYS_syncfs, fd);
 }
 
-static ssize_t do_read(int fd, const struct iovec *parts, int count, off_t offset) {
+static ssize_t do_read(int fd, const struct iovec *parts, int count, off_t offset, int flags) {
     struct call call = {.other = ""};
     int watched = place_of_fd(fd, call.path);
     if (watched) {
@@ -492,7 +517,8 @@ static ssize_t do_read(int fd, const struct iovec *parts, int count, off_t offse
     struct iovec half = {parts[0].iov_base, (parts[0].iov_len + 1) / 2};
     if (watched && call.verdict == SHORTEN)
         parts = &half, count = 1;
-    ssize_t result = offset < 0 ? syscall(SYS_readv, fd, parts, count) : syscall(SYS_preadv, fd, parts, count, offset, 0L);
+    ssize_t result = offset < 0 ? syscall(SYS_readv, fd, parts, count)
+                                : syscall(SYS_preadv2, fd, parts, count, offset, 0L, flags);
     int error = result < 0 ? errno : 0;
     if (watched)
         end(&call, error, inode_of_fd(fd), 0, 0, -1);
@@ -504,18 +530,22 @@ static ssize_t do_read(int fd, const struct iovec *parts, int count, off_t offse
 EXPORT ssize_t read(int fd, void *data, size_t size) {
     struct iovec part = {data, size};
     char place[NAME_BYTES];
-    return place_of_fd(fd, place) ? do_read(fd, &part, 1, -1) : syscall(SYS_read, fd, data, size);
+    return place_of_fd(fd, place) ? do_read(fd, &part, 1, -1, 0) : syscall(SYS_read, fd, data, size);
 }
 EXPORT ssize_t pread(int fd, void *data, size_t size, off_t offset) {
     struct iovec part = {data, size};
-    return do_read(fd, &part, 1, offset);
+    return do_read(fd, &part, 1, offset, 0);
 }
 EXPORT ssize_t pread64(int fd, void *data, size_t size, off_t offset) { return pread(fd, data, size, offset); }
-EXPORT ssize_t readv(int fd, const struct iovec *parts, int count) { return do_read(fd, parts, count, -1); }
-EXPORT ssize_t preadv(int fd, const struct iovec *parts, int count, off_t at) { return do_read(fd, parts, count, at); }
-EXPORT ssize_t preadv64(int fd, const struct iovec *parts, int count, off_t at) { return do_read(fd, parts, count, at); }
+EXPORT ssize_t readv(int fd, const struct iovec *parts, int count) { return do_read(fd, parts, count, -1, 0); }
+EXPORT ssize_t preadv(int fd, const struct iovec *parts, int count, off_t at) {
+    return do_read(fd, parts, count, at, 0);
+}
+EXPORT ssize_t preadv64(int fd, const struct iovec *parts, int count, off_t at) {
+    return do_read(fd, parts, count, at, 0);
+}
 EXPORT ssize_t preadv2(int fd, const struct iovec *parts, int count, off_t at, int flags) {
-    return flags ? (errno = EOPNOTSUPP, -1) : do_read(fd, parts, count, at);
+    return do_read(fd, parts, count, at, flags);
 }
 EXPORT ssize_t preadv64v2(int fd, const struct iovec *parts, int count, off_t at, int flags) {
     return preadv2(fd, parts, count, at, flags);

@@ -213,9 +213,9 @@ def test_a_file_system_that_cannot_settle_names_gets_one_warning_and_is_used(sto
 
 
 def test_short_writes_and_reads_are_invisible(store, monkeypatch):
-    write, readv = os.write, os.readv
+    write, preadv = os.write, os.preadv
     monkeypatch.setattr(os, "write", lambda fd, data: write(fd, data[:3]))
-    monkeypatch.setattr(os, "readv", lambda fd, buffers: readv(fd, [buffers[0][:2]]))
+    monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset: preadv(fd, [buffers[0][:2]], offset))
     create(store, "file", b"0123456789", b"", b"abcdefg")
     assert store.read("file") == b"0123456789abcdefg"
 
@@ -233,7 +233,7 @@ def test_errors_of_writing_and_reading_name_the_file(store, monkeypatch, number)
     failing(monkeypatch, "write", number)
     with pytest.raises(OSError, match="other") as written:
         create(store, "other", b"bytes")
-    failing(monkeypatch, "readv", number)
+    failing(monkeypatch, "preadv", number)
     with pytest.raises(OSError, match="file") as read:
         store.read("file")
     assert written.value.errno == read.value.errno == number

@@ -1,0 +1,109 @@
+"""Reading a file ahead, past the page cache, in a thread."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from queue import SimpleQueue
+
+from distckpt.stores.direct import ALIGNMENT, Direct, Ring, address_of
+
+# A large copy by slices would hold the GIL, and training for as long; to release it for a small one takes longer.
+_SMALL_BYTES = 64 * 1024
+
+
+def read_ahead(fd: int, begin: int, end: int, *, direct: Direct) -> ReadAhead | None:
+    """The bytes of an open file from ``begin`` to ``end``; ``None`` where they cannot be read so."""
+    try:
+        ring = direct.take_ring()
+    except OSError:
+        return None  # what memory there is, the file itself may need
+    if direct.turn_on(fd):
+        return ReadAhead(fd, begin, end, direct=direct, ring=ring)
+    direct.give_ring(ring)
+    return None
+
+
+class ReadAhead:
+    """The bytes of an open file from ``begin`` on: some blocks are being read while another is copied from.
+
+    It ends at ``end``, or before it without a word: where the file has become shorter, or refuses to be read so.
+
+    Args:
+        fd: for which ``direct`` was turned on; nothing else reads it until `close`.
+        ring: of ``direct``.
+    """
+
+    def __init__(self, fd: int, begin: int, end: int, *, direct: Direct, ring: Ring) -> None:
+        self._fd = fd
+        self._direct = direct
+        self._ring = ring
+        self._is_wanted = True
+        self._empty: SimpleQueue[memoryview] = SimpleQueue()
+        for block in ring.blocks:
+            self._empty.put(block)
+        self._full: SimpleQueue[tuple[memoryview, int] | BaseException | None] = SimpleQueue()
+        self._block: memoryview | None = None
+        self._rest = memoryview(b"")
+        self._skipped = begin % ALIGNMENT
+        where = (begin - self._skipped, end)
+        self._thread = threading.Thread(target=self._run, args=where, name="distckpt-read-ahead", daemon=True)
+        self._thread.start()
+
+    def read_into(self, target: memoryview) -> int:
+        """How many bytes of ``target``, from its start, hold the next ones of the file; none where it ended.
+
+        Raises:
+            OSError: where they could not be read.
+        """
+        if not self._rest:
+            self._next_block()
+        count = min(len(target), len(self._rest))
+        if count < _SMALL_BYTES:
+            target[:count] = self._rest[:count]
+        else:
+            ctypes.memmove(address_of(target), address_of(self._rest), count)
+        self._rest = self._rest[count:]
+        return count
+
+    def close(self) -> None:
+        """The thread has ended, the ring is given back, and ``fd`` is read through the page cache."""
+        self._is_wanted = False
+        self._empty.put(memoryview(b""))  # which it may be waiting for
+        self._thread.join()
+        self._direct.give_ring(self._ring)
+        self._direct.turn_off(self._fd)
+
+    def _next_block(self) -> None:
+        if self._block is not None:
+            self._empty.put(self._block)
+            self._block = None
+        read = self._full.get()
+        if isinstance(read, tuple):
+            self._block, count = read
+            self._rest = self._block[self._skipped : count]
+            self._skipped = 0
+            return
+        self._full.put(read)  # it is the last, however often somebody asks
+        if isinstance(read, OSError):
+            self._direct.refuse(read)
+        elif read is not None:
+            raise read
+
+    def _run(self, offset: int, end: int) -> None:
+        try:
+            # After a short read no page begins where the next one would: the rest is not for us.
+            while offset < end and offset % ALIGNMENT == 0:
+                block = self._empty.get()
+                if not self._is_wanted:
+                    return
+                pages = -(-(end - offset) // ALIGNMENT)
+                count = os.preadv(self._fd, [block[: pages * ALIGNMENT]], offset)
+                if count == 0:
+                    break
+                self._full.put((block, count))
+                offset += count
+            self._full.put(None)
+        except BaseException as error:  # raised where somebody waits for the bytes
+            self._full.put(error)
