@@ -5,19 +5,21 @@ from __future__ import annotations
 import os
 import pickle
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from flows import read_now, write_now
 from torch import nn
 
 from distckpt.attempt import Attempt, Holder
 from distckpt.catalog import Catalog, read_manifest
 from distckpt.errors import DamagedCheckpoint, NoCheckpoint
 from distckpt.formats import Snapshot
-from distckpt.formats.pth import FORMAT, read_pth, write_stream
+from distckpt.formats.pth import FORMAT, Pth, read_pth, write_stream
 from distckpt.manifest import Manifest
 from distckpt.progress import Progress
 from distckpt.stores.local import LocalStore
@@ -40,13 +42,13 @@ def commit(root: Path, name: str = "epoch_3.pth") -> Manifest:
     store = LocalStore(root)
     catalog = Catalog(store, Attempt.start(store, Holder("host", 1, "now")))
     draft = catalog.begin(Progress(12, 3), name)
-    (file,) = FORMAT.write(Snapshot(shared=STATE), store, draft.path, 0).files
+    (file,) = write_now(Pth(), Snapshot(shared=STATE), store, draft.path).files
     record = catalog.commit(draft, Manifest(Progress(12, 3), "pth", 1, ("interval",), "", "", 0, 0, files=(file,)))
     return read_manifest(store, record)
 
 
 def read(root: Path, manifest: Manifest, parts: Any = None) -> Snapshot:
-    return FORMAT.read(LocalStore(root), manifest.files[0].path, manifest, 0, parts)
+    return read_now(FORMAT, LocalStore(root), manifest.files[0].path, manifest, parts=parts)
 
 
 def flip(path: Path, at: int) -> None:
@@ -80,11 +82,31 @@ def test_only_the_parts_that_are_asked_for_are_given(tmp_path):
 
 
 def test_ranks_that_do_not_lead_write_nothing(tmp_path):
-    assert FORMAT.write(Snapshot(shared=STATE), LocalStore(tmp_path), "draft", 1).files == ()
-    assert list(tmp_path.iterdir()) == []
+    assert FORMAT.lay_out(Snapshot(shared=STATE), 1) == []
 
 
-def test_tensors_reach_the_file_without_a_copy():
+def test_a_tensor_that_is_sharded_or_without_data_is_refused_by_its_place():
+    state = {"optimizer": {"state": {0: {"x": torch.empty(3, device="meta")}}}}
+    with pytest.raises(TypeError, match=r"^optimizer\.state\.0\.x cannot be saved: .*meta"):
+        FORMAT.lay_out(Snapshot(shared=state), 0)
+
+
+def test_live_tensors_are_filled_from_an_opened_file(tmp_path):
+    manifest = commit(tmp_path)
+    opened = FORMAT.open(LocalStore(tmp_path), "epoch_3.pth", manifest, 0, ["big"])
+    live = nn.Parameter(torch.zeros(len(STATE["big"]), 2)[:, 1])
+    opened.fill([(opened.snapshot.shared["big"], live)])
+    assert torch.equal(live, STATE["big"])
+
+
+def test_what_an_opened_file_holds_is_read_and_checked_already(tmp_path):
+    manifest = commit(tmp_path)
+    opened = FORMAT.open(LocalStore(tmp_path), "epoch_3.pth", manifest, 0, None)
+    (tmp_path / "epoch_3.pth").unlink()
+    assert torch.equal(opened.snapshot.shared["big"], STATE["big"])
+
+
+def test_a_published_copy_reaches_the_file_without_a_copy_of_its_tensors():
     class Sink:
         addresses: list[int] = []
 
@@ -160,8 +182,8 @@ def test_a_hostile_pickle_is_refused_and_never_run(tmp_path, write):
 def test_a_hostile_pickle_under_a_valid_record_is_not_run_either(tmp_path):
     STATE_WITH = {"state_dict": Hostile(tmp_path / "owned")}
     store = LocalStore(tmp_path)
-    (file,) = FORMAT.write(Snapshot(shared=STATE_WITH), store, "epoch_1.pth", 0).files
-    manifest = Manifest(Progress(1), "pth", 1, (), "", "", 0, 0, files=(file,))
+    (file,) = write_now(FORMAT, Snapshot(shared=STATE_WITH), store, "epoch_1.pth").files
+    manifest = Manifest(Progress(1), "pth", 1, (), "", "", 0, 0, files=(replace(file, path="epoch_1.pth"),))
     with pytest.raises(DamagedCheckpoint, match="without running code"):
         read(tmp_path, manifest)
     assert not (tmp_path / "owned").exists()
