@@ -16,7 +16,7 @@ from distckpt.best import Metric, parse_metrics
 from distckpt.buffers import parse_mode, sync_buffers
 from distckpt.catalog import scan
 from distckpt.engine.memory import expected_bytes
-from distckpt.engine.stager import LEAST_ARENA_BYTES, Mode, Stager
+from distckpt.engine.stager import LEAST_ARENA_BYTES, MODES, Mode, Stager
 from distckpt.formats import Snapshot, Staged
 from distckpt.formats.full import Full
 from distckpt.formats.known import get_format
@@ -65,7 +65,8 @@ class Checkpointer:
         snapshot: ``"eager"``: a save stops training until the state is copied into host memory. ``"lazy"``: until that
             is copied which may change before the optimizer's next step; weights and moments are copied beside the next
             forward and backward, and the optimizer waits for them. ``"auto"``: lazy, unless training itself uses all
-            cores of the CPU, where that would cost more. Before changing weights otherwise, call `wait_staged`.
+            cores of the CPU, where that would cost more. ``"paranoid"``: lazy, and every byte of it is compared with
+            the live tensors afterwards. Before changing weights without an optimizer, call `wait_staged`.
         arena_bytes: how much host memory rank 0 may take for that; None: as much as the state. Where that is less
             than the state, a save stops training until all but so much is written.
         when_busy: what a save does that is due before the last one is durable: ``"wait"`` for it, or ``"skip"``.
@@ -118,7 +119,7 @@ class Checkpointer:
         check_flags(by_epoch=by_epoch, save_last=save_last, async_save=async_save)
         check_choice("format", format, ("auto", "full"))
         check_choice("when_busy", when_busy, ("wait", "skip"))
-        check_choice("snapshot", snapshot, ("auto", "eager", "lazy"))
+        check_choice("snapshot", snapshot, MODES)
         check_bytes("arena_bytes", arena_bytes, least=LEAST_ARENA_BYTES)
         if not isinstance(timeout, timedelta):
             raise TypeError(f"timeout should be a datetime.timedelta, is {timeout!r}")

@@ -6,7 +6,7 @@ import ctypes
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 BLOCK_BYTES = 16 * 1024 * 1024
 
@@ -19,12 +19,11 @@ for _function in (_move, _move_small):
     _function.restype = ctypes.c_void_p
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """So many bytes of one block, and how the address is found that they are copied from."""
 
     offset: int
-    count: int
+    size: int
     source: Callable[[], int]
     skipped: int = 0
 
@@ -36,6 +35,8 @@ class Piece:
 
 def cut(offset: int, count: int, source: Callable[[], int]) -> list[Piece]:
     """A copy of ``count`` bytes to ``offset``, as one piece for each block that it touches."""
+    if offset % BLOCK_BYTES + count <= BLOCK_BYTES:
+        return [Piece(offset, count, source)]
     pieces = []
     skipped = 0
     while skipped < count:
@@ -62,7 +63,7 @@ class Copy:
         self._base = base
         self._window_bytes = window_bytes
         self._pieces = deque(pieces)
-        self._left = Counter(piece.block for piece in self._pieces)
+        self._left = Counter([piece.block for piece in self._pieces])
         self._freed = 0
         self._working = 0
         self._failure: BaseException | None = None
@@ -129,7 +130,7 @@ class Copy:
         windows = self._window_bytes // BLOCK_BYTES
         if piece.block >= self._freed + windows:
             self._wait(lambda: piece.block < self._freed + windows)
-        move(self._base + piece.offset % self._window_bytes, piece.source() + piece.skipped, piece.count)
+        move(self._base + piece.offset % self._window_bytes, piece.source() + piece.skipped, piece.size)
         with self._changed:
             self._left[piece.block] -= 1
             if not self._left[piece.block]:

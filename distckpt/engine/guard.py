@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
+# Where a tensor lies: its address, and its size in bytes.
+Place = tuple[int, int]
+
 
 class Guard:
     """Calls ``wait`` before any optimizer of this process takes a step, on the thread that takes it.
@@ -32,18 +35,16 @@ class Guard:
         self._handle = register_optimizer_step_pre_hook(before_step)
         self._end = weakref.finalize(self, self._handle.remove)
 
-    def guarded(self) -> set[tuple[int, int]]:
-        """The memory, as addresses and sizes in bytes, that only the known optimizers change."""
-        found: set[tuple[int, int]] = set()
+    def guarded(self) -> set[Place]:
+        """The memory that only the known optimizers change."""
+        tensors: list[Tensor] = []
         for optimizer in tuple(self._seen):
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     if parameter.requires_grad:
-                        found.add(place_of(parameter))
-                    for moment in optimizer.state.get(parameter, {}).values():
-                        if isinstance(moment, Tensor):
-                            found.add(place_of(moment))
-        return found
+                        tensors.append(parameter)
+                    tensors += [one for one in optimizer.state.get(parameter, {}).values() if isinstance(one, Tensor)]
+        return {(tensor.data_ptr(), tensor.nbytes) for tensor in tensors}
 
     def hold(self, modules: Iterable[nn.Module]) -> None:
         """``load_state_dict`` of these modules, and of any module in them, waits, too, until `let_go`. Not for ever:
@@ -78,8 +79,3 @@ class _WaitBeforeLoad:
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return _WaitBeforeLoad, ()  # for the copy of a module there is nothing to wait for
-
-
-def place_of(tensor: Tensor) -> tuple[int, int]:
-    """Where a tensor lies: its address and size in bytes."""
-    return tensor.data_ptr(), tensor.nbytes

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from distckpt.engine.copying import SMALL_BYTES, Piece, cut, move
+from distckpt.engine.guard import Place
 from distckpt.engine.witness import Witness
 from distckpt.formats import Image
 
@@ -40,7 +41,7 @@ class Plan:
     witnesses: list[Witness] = field(default_factory=list)
 
     @classmethod
-    def of(cls, images: Sequence[Image], *, may_be_late: Callable[[str, Tensor], bool]) -> Plan:
+    def of(cls, images: Sequence[Image], *, may_be_late: Callable[[str, Place], bool]) -> Plan:
         """The plan of a copy that has memory for everything at once."""
         plan = cls(starts=starts(images))
         for image, start in zip(images, plan.starts, strict=False):
@@ -75,19 +76,21 @@ class Plan:
             torch._foreach_copy_([target for target, _ in odd], [tensor for _, tensor in odd])
 
     def _place(
-        self, offset: int, tensor: Tensor, image: Image, nth: int, may_be_late: Callable[[str, Tensor], bool]
+        self, offset: int, tensor: Tensor, image: Image, nth: int, may_be_late: Callable[[str, Place], bool]
     ) -> None:
         count = tensor.nbytes
-        is_plain = tensor.device.type == "cpu" and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg())
-        if not count:
+        is_contiguous = tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg())
+        is_plain = is_contiguous and tensor.is_cpu
+        if count < SMALL_BYTES and (is_plain or not count):
+            if count:
+                self.small.append((offset, tensor))
             return
-        if is_plain and count < SMALL_BYTES:
-            self.small.append((offset, tensor))
-            return
-        name = f"{image.path}: {image.entries[nth].key}" if nth < len(image.entries) else ""
-        is_late = bool(name) and count >= SMALL_BYTES and tensor.is_contiguous() and may_be_late(name, tensor)
-        if is_late:
-            self.witnesses.append(Witness.of(name, offset, tensor))
+        address = tensor.data_ptr()
+        is_late = False
+        if is_contiguous and count >= SMALL_BYTES and nth < len(image.entries):
+            name = f"{image.path}: {image.entries[nth].key}"
+            if is_late := may_be_late(name, (address, count)):
+                self.witnesses.append(Witness.of(name, offset, tensor, address, count))
         if is_plain:
             (self.late if is_late else self.now).extend(cut(offset, count, tensor.data_ptr))
         else:

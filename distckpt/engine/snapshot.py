@@ -15,6 +15,7 @@ from distckpt.engine.arena import Arena
 from distckpt.engine.copying import BLOCK_BYTES, Copy
 from distckpt.engine.plan import Plan, view
 from distckpt.engine.transfer import Transfer
+from distckpt.engine.witness import Witness
 from distckpt.engine.writing import write_image
 from distckpt.errors import DistckptError
 from distckpt.formats import Image, Written
@@ -33,19 +34,22 @@ class Staging:
 
     Args:
         suspects: the names of tensors that were once found changed are added to it.
+        is_paranoid: whether every byte is compared, and not a few of each tensor.
     """
 
-    def __init__(self, images: Sequence[Image], plan: Plan, arena: Arena, suspects: set[str]) -> None:
+    def __init__(
+        self, images: Sequence[Image], plan: Plan, arena: Arena, suspects: set[str], *, is_paranoid: bool = False
+    ) -> None:
         self._images = images
         self._plan = plan
         self._arena = arena
         self._suspects = suspects
-        window_bytes = min(-(-plan.starts[-1] // BLOCK_BYTES), max(arena.size_bytes // BLOCK_BYTES, 1)) * BLOCK_BYTES
-        if plan.starts[-1] <= arena.size_bytes:
-            window_bytes = (plan.starts[-1] // BLOCK_BYTES + 1) * BLOCK_BYTES
-        self._window_bytes = window_bytes
-        self._now = Copy(arena.address, window_bytes, plan.now)
-        self._late = Copy(arena.address, window_bytes, plan.late)
+        self._is_paranoid = is_paranoid
+        blocks = plan.starts[-1] // BLOCK_BYTES + 1
+        is_bounded = plan.starts[-1] > arena.size_bytes
+        self._window_bytes = (arena.size_bytes // BLOCK_BYTES if is_bounded else blocks) * BLOCK_BYTES
+        self._now = Copy(arena.address, self._window_bytes, plan.now)
+        self._late = Copy(arena.address, self._window_bytes, plan.late)
         memory = arena.memory
         devices = [one for one in plan.odd if one[1].device.type != "cpu"]
         self._transfer_now = Transfer([(view(memory, *one), one[1]) for one in devices])
@@ -151,8 +155,12 @@ class Staging:
     def _judge(self) -> None:
         with self._changed:
             if self._torn is None:
-                self._torn = [one.name for one in self._plan.witnesses if one.was_changed(self._arena.address)]
+                self._torn = [one.name for one in self._plan.witnesses if self._was_changed(one)]
                 self._changed.notify_all()
+
+    def _was_changed(self, one: Witness) -> bool:
+        base = self._arena.address
+        return one.was_changed(base) or (self._is_paranoid and one.differs(base))
 
     def _retake(self, torn: list[str]) -> None:
         again = Copy(self._arena.address, self._window_bytes, self._plan.late)

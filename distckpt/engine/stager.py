@@ -8,11 +8,11 @@ from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from distckpt.engine.arena import Arena
 from distckpt.engine.copying import BLOCK_BYTES
-from distckpt.engine.guard import Guard, place_of
+from distckpt.engine.guard import Guard, Place
 from distckpt.engine.memory import available_bytes
 from distckpt.engine.plan import Plan, starts
 from distckpt.engine.snapshot import Staging
@@ -20,7 +20,8 @@ from distckpt.formats import Image
 
 _log = logging.getLogger("distckpt")
 
-Mode = Literal["auto", "eager", "lazy"]
+Mode = Literal["auto", "eager", "lazy", "paranoid"]
+MODES: tuple[Mode, ...] = ("auto", "eager", "lazy", "paranoid")
 
 LEAST_ARENA_BYTES = 2 * BLOCK_BYTES
 _SPARE = 0.8  # of the memory that is free: training needs some, too
@@ -32,7 +33,8 @@ class Stager:
     Args:
         mode: ``"eager"``: training waits for the copy of everything. ``"lazy"``: only for that of what may change
             before the optimizer's next step, which waits for the rest. ``"auto"``: lazy, but where training itself
-            uses all cores of the CPU, as there a copy beside it costs it more than one on all cores.
+            uses all cores of the CPU, as there a copy beside it costs it more than one on all cores. ``"paranoid"``:
+            lazy, and then every byte of it is compared with the tensor that it was copied from.
         arena_bytes: how much memory it may take; None: as much as the state. Where that is less than the state,
             training waits until all but so much is written.
         modules: whose ``load_state_dict`` waits for a copy that is under way.
@@ -90,7 +92,7 @@ class Stager:
             plan = Plan.of(images, may_be_late=lambda *_: False)
         if on_device:
             self._arena.wait_touched()
-        self._current = Staging(images, plan, self._arena, self._suspects)
+        self._current = Staging(images, plan, self._arena, self._suspects, is_paranoid=self._mode == "paranoid")
         return self._current
 
     def wait_staged(self) -> None:
@@ -108,14 +110,14 @@ class Stager:
 
     def _is_lazy(self, *, on_device: bool) -> bool:
         if self._mode != "auto":
-            return self._mode == "lazy"
+            return self._mode != "eager"
         return on_device or torch.get_num_threads() < len(os.sched_getaffinity(0))
 
     def _lazy_plan(self, images: Sequence[Image]) -> Plan:
         guarded = self._guard.guarded()
 
-        def may_be_late(name: str, tensor: Tensor) -> bool:
-            return place_of(tensor) in guarded and name not in self._suspects
+        def may_be_late(name: str, place: Place) -> bool:
+            return place in guarded and name not in self._suspects
 
         plan = Plan.of(images, may_be_late=may_be_late)
         if plan.witnesses:

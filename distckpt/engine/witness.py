@@ -3,55 +3,55 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
 _SAMPLE_BYTES = 256
 
+# They keep the GIL: to take it back costs more than a few bytes.
+_read = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_ssize_t)(
+    ("PyBytes_FromStringAndSize", ctypes.pythonapi)
+)
 
-@dataclass(frozen=True)
-class Witness:
+_compare = ctypes.CDLL(None).memcmp
+_compare.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+
+
+class Witness(NamedTuple):
     """One tensor as it was when its copy was asked for: its version, and a few of its bytes.
 
     The version alone misses fused optimizers, BatchNorm and all that writes through ``.data``; bytes alone miss who
-    changes only some rows. (No inference tensor is among what is copied late: those have no version.)
+    changes only some rows.
     """
 
     name: str
     offset: int
     tensor: Tensor
     version: int
-    samples: Sequence[tuple[int, bytes]]
+    first: bytes
+    last: bytes
 
     @classmethod
-    def of(cls, name: str, offset: int, tensor: Tensor) -> Witness:
-        """The tensor lies contiguous, and goes to ``offset`` in the arena. Of one on an accelerator no bytes are
-        looked at: there the order of streams keeps writers behind the copy."""
-        samples: list[tuple[int, bytes]] = []
-        if tensor.device.type == "cpu":
-            address, count = tensor.data_ptr(), tensor.nbytes
-            starts = {0, max(0, count // 2 - _SAMPLE_BYTES), max(0, count - _SAMPLE_BYTES)}
-            samples = [(at, _bytes(address + at, min(_SAMPLE_BYTES, count))) for at in sorted(starts)]
-        return cls(name, offset, tensor, tensor._version, samples)
+    def of(cls, name: str, offset: int, tensor: Tensor, address: int, count: int) -> Witness:
+        """The tensor lies contiguous at that address, is larger than a sample, and goes to ``offset`` in the arena. Of
+        one on an accelerator no bytes are looked at: there the order of streams keeps writers behind the copy."""
+        if not tensor.is_cpu:
+            return cls(name, offset, tensor, tensor._version, b"", b"")
+        first, last = _read(address, _SAMPLE_BYTES), _read(address + count - _SAMPLE_BYTES, _SAMPLE_BYTES)
+        return cls(name, offset, tensor, tensor._version, first, last)
 
     def was_changed(self, base: int) -> bool:
         """Whether its copy, in the arena at the address ``base``, is not what it was."""
         if self.tensor._version != self.version:
             return True
-        return any(_bytes(base + self.offset + at, len(was)) != was for at, was in self.samples)
+        begin, end = base + self.offset, base + self.offset + self.tensor.nbytes
+        return bool(
+            _read(begin, len(self.first)) != self.first or _read(end - len(self.last), len(self.last)) != self.last
+        )
 
     def differs(self, base: int) -> bool:
         """Whether it is not, now, what its copy is, byte by byte."""
         if self.tensor.device.type != "cpu":
-            return False
+            return self.tensor._version != self.version
         return bool(_compare(self.tensor.data_ptr(), base + self.offset, self.tensor.nbytes))
-
-
-_compare = ctypes.CDLL(None).memcmp
-_compare.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
-
-
-def _bytes(address: int, count: int) -> bytes:
-    return ctypes.string_at(address, count)

@@ -73,7 +73,8 @@ class _Found:
         self.path = path
         self.tensors: dict[str, Tensor] = {}
         self.aliases: dict[str, str] = {}
-        self._keys: dict[tuple[Any, ...], str] = {}
+        self._keys: dict[int, list[str]] = {}
+        self._met: dict[str, Tensor] = {}
 
     def refer(self, tensor: Tensor, place: tuple[str, ...]) -> Any:
         """What stands for ``tensor`` at ``place``."""
@@ -82,7 +83,7 @@ class _Found:
             check_savable(tensor, self.where(place))
         while key in self.tensors or key in self.aliases or key == "__metadata__":  # {"a": {"b": t}, "a.b": t}
             key += "'"
-        known = self._keys.setdefault(identity(tensor), key) if tensor.numel() else key
+        known = self._tied(tensor, key)
         if known != key:
             self.aliases[key] = known
         elif tensor.dtype in DTYPES:
@@ -91,6 +92,18 @@ class _Found:
             plain = tensor.detach().contiguous().reshape(-1) if tensor.numel() else torch.empty(0, dtype=tensor.dtype)
             self.tensors[key] = plain.view(torch.uint8)
         return known if tensor.dtype in DTYPES else [known, str(tensor.dtype), list(tensor.shape)]
+
+    def _tied(self, tensor: Tensor, key: str) -> str:
+        """The key of a tensor that is this one; ``key``, if there is none yet."""
+        if not tensor.numel():
+            return key
+        there = self._keys.setdefault(tensor.data_ptr(), [])
+        for other in there:
+            if identity(self._met[other]) == identity(tensor):
+                return other
+        there.append(key)
+        self._met[key] = tensor
+        return key
 
     def where(self, place: tuple[str, ...]) -> str:
         """The name of ``place``, for people."""
