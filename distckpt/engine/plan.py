@@ -14,6 +14,7 @@ from distckpt.engine.copying import SMALL_BYTES, Piece, cut, move
 from distckpt.engine.guard import Place
 from distckpt.engine.witness import Witness
 from distckpt.formats import Image
+from distckpt.manifest import TensorEntry
 
 _PAGE_BYTES = 4096
 
@@ -41,7 +42,7 @@ class Plan:
     witnesses: list[Witness] = field(default_factory=list)
 
     @classmethod
-    def of(cls, images: Sequence[Image], *, may_be_late: Callable[[str, Place], bool]) -> Plan:
+    def of(cls, images: Sequence[Image], *, may_be_late: Callable[[TensorEntry, Place], bool]) -> Plan:
         """The plan of a copy that has memory for everything at once."""
         plan = cls(starts=starts(images))
         for image, start in zip(images, plan.starts, strict=False):
@@ -76,7 +77,7 @@ class Plan:
             torch._foreach_copy_([target for target, _ in odd], [tensor for _, tensor in odd])
 
     def _place(
-        self, offset: int, tensor: Tensor, image: Image, nth: int, may_be_late: Callable[[str, Place], bool]
+        self, offset: int, tensor: Tensor, image: Image, nth: int, may_be_late: Callable[[TensorEntry, Place], bool]
     ) -> None:
         count = tensor.nbytes
         is_contiguous = tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg())
@@ -85,12 +86,11 @@ class Plan:
             if count:
                 self.small.append((offset, tensor))
             return
-        address = tensor.data_ptr()
         is_late = False
         if is_contiguous and count >= SMALL_BYTES and nth < len(image.entries):
-            name = f"{image.path}: {image.entries[nth].key}"
-            if is_late := may_be_late(name, (address, count)):
-                self.witnesses.append(Witness.of(name, offset, tensor, address, count))
+            address, entry = tensor.data_ptr(), image.entries[nth]
+            if is_late := may_be_late(entry, (address, count)):
+                self.witnesses.append(Witness.of(entry, offset, tensor, address, count))
         if is_plain:
             (self.late if is_late else self.now).extend(cut(offset, count, tensor.data_ptr))
         else:

@@ -19,11 +19,13 @@ from distckpt.engine.witness import Witness
 from distckpt.engine.writing import write_image
 from distckpt.errors import DistckptError
 from distckpt.formats import Image, Written
+from distckpt.manifest import TensorEntry
 from distckpt.stores import Store
 
 _log = logging.getLogger("distckpt")
 
 _MOST_THREADS = 4  # memory is not faster for more
+_SHOWN = 5
 
 
 class Staging:
@@ -33,12 +35,18 @@ class Staging:
     before (see `Witness`), and nothing counts as written before all were found unchanged.
 
     Args:
-        suspects: the names of tensors that were once found changed are added to it.
+        suspects: tensors that were once found changed are added to it.
         is_paranoid: whether every byte is compared, and not a few of each tensor.
     """
 
     def __init__(
-        self, images: Sequence[Image], plan: Plan, arena: Arena, suspects: set[str], *, is_paranoid: bool = False
+        self,
+        images: Sequence[Image],
+        plan: Plan,
+        arena: Arena,
+        suspects: set[TensorEntry],
+        *,
+        is_paranoid: bool = False,
     ) -> None:
         self._images = images
         self._plan = plan
@@ -58,7 +66,7 @@ class Staging:
         self._begun = threading.Event()
         self._changed = threading.Condition()
         self._failure: BaseException | None = None
-        self._torn: list[str] | None = None  # None: nobody has looked yet
+        self._torn: list[TensorEntry] | None = None  # None: nobody has looked yet
         self._generation = 0
 
     # On the training thread
@@ -155,14 +163,14 @@ class Staging:
     def _judge(self) -> None:
         with self._changed:
             if self._torn is None:
-                self._torn = [one.name for one in self._plan.witnesses if self._was_changed(one)]
+                self._torn = [one.entry for one in self._plan.witnesses if self._was_changed(one)]
                 self._changed.notify_all()
 
     def _was_changed(self, one: Witness) -> bool:
         base = self._arena.address
         return one.was_changed(base) or (self._is_paranoid and one.differs(base))
 
-    def _retake(self, torn: list[str]) -> None:
+    def _retake(self, torn: Sequence[TensorEntry]) -> None:
         again = Copy(self._arena.address, self._window_bytes, self._plan.late)
         again.start(min(len(os.sched_getaffinity(0)), _MOST_THREADS) - 1)
         again.work()
@@ -173,7 +181,7 @@ class Staging:
         _log.warning(
             "%s changed while it was being copied, and not by an optimizer's step: all that was being copied is saved "
             "as it is now, before that step. It will be copied before training goes on from now on",
-            ", ".join(torn[:5]),
+            _names(torn),
         )
         with self._changed:
             self._measures["retakes"] += 1
@@ -181,11 +189,11 @@ class Staging:
             self._torn = []
             self._changed.notify_all()
 
-    def _refuse(self, torn: list[str]) -> None:
+    def _refuse(self, torn: Sequence[TensorEntry]) -> None:
         self._suspects.update(torn)
         self._fail(
             DistckptError(
-                f"{', '.join(torn[:5])} changed while it was being copied, and not by an optimizer's step, so this is "
+                f"{_names(torn)} changed while it was being copied, and not by an optimizer's step, so this is "
                 'the state of no step. The next save copies it before training goes on; snapshot="eager" does so for '
                 "all, and wait_staged() is to be called before such a change"
             )
@@ -227,3 +235,8 @@ class Staging:
         self._now.fail(error)
         self._late.fail(error)
         self._begun.set()
+
+
+def _names(torn: Sequence[TensorEntry]) -> str:
+    more = f" and {len(torn) - _SHOWN} more tensors" if len(torn) > _SHOWN else ""
+    return ", ".join(f"{one.key} of {one.file}" for one in torn[:_SHOWN]) + more

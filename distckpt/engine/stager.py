@@ -17,6 +17,7 @@ from distckpt.engine.memory import available_bytes
 from distckpt.engine.plan import Plan, starts
 from distckpt.engine.snapshot import Staging
 from distckpt.formats import Image
+from distckpt.manifest import TensorEntry
 
 _log = logging.getLogger("distckpt")
 
@@ -49,7 +50,7 @@ class Stager:
         self._guard = Guard(self.wait_staged)
         self._arena: Arena | None = None
         self._current: Staging | None = None
-        self._suspects: set[str] = set()
+        self._suspects: set[TensorEntry] = set()
 
     def reserve(self, size_bytes: int, *, is_pinned: bool = False) -> None:
         """There is memory for a state of so many bytes, or for as much of it as fits; it is touched in the background.
@@ -116,8 +117,8 @@ class Stager:
     def _lazy_plan(self, images: Sequence[Image]) -> Plan:
         guarded = self._guard.guarded()
 
-        def may_be_late(name: str, place: Place) -> bool:
-            return place in guarded and name not in self._suspects
+        def may_be_late(entry: TensorEntry, place: Place) -> bool:
+            return place in guarded and not (self._suspects and entry in self._suspects)
 
         plan = Plan.of(images, may_be_late=may_be_late)
         if plan.witnesses:

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from distckpt.manifest import TensorEntry
+
 _SAMPLE_BYTES = 256
 
 # They keep the GIL: to take it back costs more than a few bytes.
@@ -25,7 +27,7 @@ class Witness(NamedTuple):
     changes only some rows.
     """
 
-    name: str
+    entry: TensorEntry
     offset: int
     tensor: Tensor
     version: int
@@ -33,13 +35,13 @@ class Witness(NamedTuple):
     last: bytes
 
     @classmethod
-    def of(cls, name: str, offset: int, tensor: Tensor, address: int, count: int) -> Witness:
+    def of(cls, entry: TensorEntry, offset: int, tensor: Tensor, address: int, count: int) -> Witness:
         """The tensor lies contiguous at that address, is larger than a sample, and goes to ``offset`` in the arena. Of
         one on an accelerator no bytes are looked at: there the order of streams keeps writers behind the copy."""
         if not tensor.is_cpu:
-            return cls(name, offset, tensor, tensor._version, b"", b"")
+            return cls(entry, offset, tensor, tensor._version, b"", b"")
         first, last = _read(address, _SAMPLE_BYTES), _read(address + count - _SAMPLE_BYTES, _SAMPLE_BYTES)
-        return cls(name, offset, tensor, tensor._version, first, last)
+        return cls(entry, offset, tensor, tensor._version, first, last)
 
     def was_changed(self, base: int) -> bool:
         """Whether its copy, in the arena at the address ``base``, is not what it was."""

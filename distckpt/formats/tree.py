@@ -111,10 +111,10 @@ class _Found:
 
 
 def _encode(value: Any, place: tuple[str, ...], found: _Found) -> Any:
-    if value is None or type(value) in (bool, int, str):
-        return value
     if isinstance(value, Tensor):
         return {_TENSOR: found.refer(value, place)}
+    if value is None or type(value) in (bool, int, str):
+        return value
     if type(value) is float:
         return value if math.isfinite(value) else {"$float": repr(value)}
     if type(value) is dict and all(type(key) is str and not key.startswith("$") for key in value):
