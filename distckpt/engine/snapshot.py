@@ -106,6 +106,7 @@ class Staging:
             generation = self._generation
             self._begun.wait()
             self._raise_failure()
+            self._transfer_now.wait()
             self._transfer_late.wait()
             entries = [
                 write_image(image, self._pieces(image, start), store, place, self._spend)
