@@ -56,7 +56,7 @@ class _Pass:
     def __init__(self, source: Source, digest: Hash) -> None:
         self._source = source
         self._digest = digest
-        self._scratch = torch.empty(min(source.size_bytes, _SCRATCH_BYTES), dtype=torch.uint8)
+        self._scratch = torch.empty(_SCRATCH_BYTES, dtype=torch.uint8)
         self._small: list[tuple[int, int, Sequence[Tensor]]] = []
         self._count = 0
 
@@ -74,16 +74,16 @@ class _Pass:
         self._read(self._scratch[:count])
         base = self._scratch.data_ptr()
         moved: list[Tensor] = []
-        others: defaultdict[tuple[torch.device, torch.dtype], list[tuple[int, Tensor]]] = defaultdict(list)
+        others: defaultdict[torch.device, list[tuple[int, Tensor]]] = defaultdict(list)
         for begin, size_bytes, targets in small:
             for target in targets:
                 if _is_plain(target):
                     _move(target.data_ptr(), base + begin, size_bytes)
                     moved.append(target)
                 else:
-                    others[target.device, target.dtype].append((begin, target))
+                    others[target.device].append((begin, target))
         torch.autograd.graph.increment_version(moved)
-        for (device, _), placed in others.items():
+        for device, placed in others.items():
             _scatter(self._scratch[:count], device, placed)
 
     def take_large(self, size_bytes: int, targets: Sequence[Tensor]) -> None:
@@ -125,15 +125,23 @@ class _Pass:
 
 
 def _scatter(scratch: Tensor, device: torch.device, placed: Sequence[tuple[int, Tensor]]) -> None:
-    """The targets, of one dtype and on ``device``, hold what stands at their offsets in ``scratch``."""
+    """The targets, all on ``device``, hold what stands at their offsets in ``scratch``: one transfer, and few kernels
+    for all."""
     there = scratch.to(device)
-    pieces = []
+    alike: defaultdict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
     for begin, target in placed:
         piece = there[begin : begin + target.nbytes]
         if begin % target.element_size():
             piece = piece.clone()
-        pieces.append(piece.view(target.dtype).view(target.shape))
-    torch._foreach_copy_([target for _, target in placed], pieces)
+        piece = piece.view(target.dtype).view(target.shape)
+        if target.is_conj() or target.is_neg():
+            target.copy_(piece)
+        else:
+            targets, pieces = alike[target.dtype]
+            targets.append(target)
+            pieces.append(piece)
+    for targets, pieces in alike.values():
+        torch._foreach_copy_(targets, pieces)
 
 
 def _is_flat(tensor: Tensor) -> bool:
