@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from standing import Standing, put_in
 from torch import nn
 
 from distckpt import StateMismatch, rng
@@ -59,9 +60,43 @@ def snapshot(parts: Parts) -> Snapshot:
     return Snapshot(parts.capture_shared(is_leader=True), parts.capture_own())
 
 
-def laid(live: Parts, saved: Snapshot, *, strict: bool = True, is_same_world: bool = True, **words: Any) -> Matched:
+class Read:
+    """A checkpoint that was read into memory already, as ``init_from`` has it."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self.snapshot = snapshot
+
+    def fill(self, targets: Any) -> None:
+        assert not targets
+
+
+OPENED: Any = Standing
+
+
+@pytest.fixture(params=[Standing, Read], autouse=True)
+def opened_as(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "OPENED", request.param)
+
+
+class Laid:
+    """What `match` returns, with what was laid beside the objects."""
+
+    def __init__(self, matched: Matched, opened: Standing) -> None:
+        self.report = matched.report
+        self.exactness = matched.exactness
+        self._matched = matched
+        self._opened = opened
+
+    def apply(self) -> None:
+        put_in(self._matched, self._opened)
+
+
+def laid(live: Parts, saved: Snapshot, *, strict: bool = True, is_same_world: bool = True, **words: Any) -> Laid:
     asked = {"only": None, "exclude": None, "rename": None} | words
-    return match(live, saved, Selection.parse(**asked), strict=strict, is_same_world=is_same_world)
+    opened = OPENED(saved)
+    return Laid(
+        match(live, opened.snapshot, Selection.parse(**asked), strict=strict, is_same_world=is_same_world), opened
+    )
 
 
 def held(parts: Parts) -> str:

@@ -14,8 +14,11 @@ import torch
 from flows import Saves
 
 from distckpt.catalog import read_record
-from distckpt.errors import NewerVersion, NoCheckpoint, RankFailure
+from distckpt.errors import NewerVersion, NoCheckpoint, RankFailure, StateMismatch
+from distckpt.formats import Snapshot
+from distckpt.manifest import Record
 from distckpt.restoring import Restored
+from distckpt.stores.local import LocalStore
 from distckpt.testing import FaultyStore
 
 FILES = ["manifest.json", "model.safetensors", "state.json", "rank-00000.json", "rank-00001.json"]
@@ -141,3 +144,115 @@ def test_a_restore_changes_nothing_on_disk(two_saves):
     flip_a_bit(two_saves.folder / "step-00000002" / "model.safetensors")
     two_saves.restore()
     assert [store.operations for store in two_saves.stores] == [[], []]
+
+
+# What was read into the state before it turned out to be damaged
+
+
+class Into:
+    """A checkpoint that is read into the tensors of a rank, and what became of it."""
+
+    def __init__(self, live: dict[str, torch.Tensor], snapshot: Snapshot) -> None:
+        self.targets = [(snapshot.shared["model"][key], tensor) for key, tensor in live.items()]
+        self.snapshot = snapshot
+        self.is_applied = False
+
+    def apply(self) -> None:
+        self.is_applied = True
+
+
+class Live:
+    """The tensors of two ranks, and all that was laid beside them."""
+
+    def __init__(self, *, refuses: int | None = None) -> None:
+        self.tensors = {
+            rank: {"weight": torch.zeros(3, 2), "bias": torch.zeros(2, dtype=torch.int64)} for rank in (0, 1)
+        }
+        self.fits: list[tuple[int, Into]] = []
+        self._refuses = refuses
+
+    def fit(self, snapshot: Snapshot, record: Record) -> Into:
+        if record.progress.step == self._refuses:
+            raise StateMismatch(f"step {self._refuses} does not fit.")
+        self.fits.append((record.progress.step, Into(self.tensors[snapshot.own["rng"]["rank"]], snapshot)))
+        return self.fits[-1][1]
+
+    @property
+    def steps(self) -> list[set[float]]:
+        """Whose weights each rank holds."""
+        return [set(one["weight"].flatten().tolist()) for one in self.tensors.values()]
+
+
+def flip_the_last_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def damaged_for(saves: Saves, rank: int, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``rank`` alone reads other bytes in that file than were written; its disk, or its cache, lost one."""
+    copy = saves.folder.with_name("what it reads")
+    shutil.copytree(saves.folder, copy)
+    flip_the_last_bit(copy / path)
+    real, lost = saves.stores[rank].open, LocalStore(copy).open
+    monkeypatch.setattr(saves.stores[rank], "open", lambda asked: (lost if asked == path else real)(asked))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_damage_that_one_rank_sees_sends_all_back_and_the_older_replaces_what_was_read(two_saves, monkeypatch, rank):
+    damaged_for(two_saves, rank, "step-00000002/model.safetensors", monkeypatch)
+    live = Live()
+    told = two_saves.restore(live.fit)
+    assert steps(told) == [1, 1] and [one.skipped for one in told] == [("step-00000002",)] * 2
+    assert live.steps == [{1.0}, {1.0}] and live.tensors[0]["bias"].tolist() == [1, 2]
+    assert sorted((step, fit.is_applied) for step, fit in live.fits) == [(1, True), (1, True), (2, False), (2, False)]
+
+
+def test_where_nothing_is_left_the_error_says_that_the_state_is_not_what_it_was(two_saves):
+    for step in (1, 2):
+        flip_the_last_bit(two_saves.folder / f"step-0000000{step}" / "model.safetensors")
+    live = Live()
+    told = two_saves.restore(live.fit)
+    assert [type(one) for one in told] == [NoCheckpoint] * 2 and not any(fit.is_applied for _, fit in live.fits)
+    assert all("The state is not what it was: something of step-00000001 was read into it" in str(one) for one in told)
+
+
+@pytest.mark.parametrize("file", ["state.json", "manifest.json", "rank-00001.json"])
+def test_what_is_found_damaged_before_anything_is_read_leaves_the_state_and_says_nothing_else(two_saves, file):
+    for step in (1, 2):
+        flip_a_bit(two_saves.folder / f"step-0000000{step}" / file)
+    live = Live()
+    told = two_saves.restore(live.fit)
+    assert [type(one) for one in told] == [NoCheckpoint] * 2 and "not what it was" not in str(told[0])
+    assert live.steps == [{0.0}, {0.0}] and live.fits == []
+
+
+def test_what_does_not_fit_is_raised_on_all_ranks_and_changes_nothing(two_saves):
+    live = Live(refuses=2)
+    told = two_saves.restore(live.fit)
+    assert [type(one) for one in told] == [StateMismatch] * 2
+    assert "not what it was" not in str(told[0]) and live.steps == [{0.0}, {0.0}]
+
+
+def test_an_older_one_that_does_not_fit_is_told_with_what_was_read_of_the_newer(two_saves):
+    flip_the_last_bit(two_saves.folder / "step-00000002" / "model.safetensors")
+    told = two_saves.restore(Live(refuses=1).fit)
+    assert [type(one) for one in told] == [StateMismatch] * 2
+    assert "step 1 does not fit. The state is not what it was: something of step-00000002 was read" in str(told[1])
+
+
+def test_an_error_that_may_pass_while_it_is_read_says_that_the_state_holds_a_part(two_saves, monkeypatch):
+    opened: list[str] = []
+    real = two_saves.stores[1].open
+
+    def open_model(path: str) -> object:
+        opened.append(path)
+        if opened.count("step-00000002/model.safetensors") == 2:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), path)
+        return real(path)
+
+    monkeypatch.setattr(two_saves.stores[1], "open", open_model)
+    live = Live()
+    told = two_saves.restore(live.fit)
+    assert [type(one) for one in told] == [RankFailure] * 2 and not any(fit.is_applied for _, fit in live.fits)
+    assert "read of step-00000002, of which the state holds a part now, failed: rank 1: OSError" in str(told[0])

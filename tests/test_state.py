@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from standing import Standing, put_in
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -132,16 +133,19 @@ def test_prefixes_of_wrappers_are_not_saved(one_rank, wrap):
     assert list(captured) == list(network().state_dict())
 
 
-@pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED)
-def test_what_was_saved_without_wrappers_is_loaded_into_them_and_back(one_rank, wrap):
+@pytest.mark.parametrize("name", WRAPPED)
+def test_what_was_saved_without_wrappers_is_loaded_into_them_and_back(one_rank, name):
     torch.manual_seed(1)
     trained = network()
     nn.init.normal_(trained[0].weight)
-    saved = Snapshot({"model": Parts({"model": trained}).capture_shared(is_leader=True)["model"]})
-    parts = Parts({"model": wrap()})
-    match(parts, saved, Selection(), strict=True, is_same_world=True).apply()
+    opened = Standing(Snapshot({"model": Parts({"model": trained}).capture_shared(is_leader=True)["model"]}))
+    parts = Parts({"model": WRAPPED[name]()})
+    matched = put_in(match(parts, opened.snapshot, Selection(), strict=True, is_same_world=True), opened)
     loaded = parts.capture_shared(is_leader=True)["model"]
     assert all(torch.equal(loaded[key], value) for key, value in trained.state_dict().items())
+    # Not BatchNorm, which reads older states its own way, and not what checkpoint_wrapper renames with a hook.
+    first, last = ["model.0.weight", "model.0.bias"], ["model.3.weight", "model.3.bias"]
+    assert matched.report.in_place == (first if "layers" in name else first + last)
 
 
 def test_the_prefix_inside_an_averaged_model_is_its_own_but_not_that_of_ddp_in_it(one_rank):
