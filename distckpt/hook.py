@@ -241,7 +241,7 @@ class CheckpointHook:
                 opened.publish(self._to_publish(opened), self.published_keys)
         finally:
             self._opened = None
-            opened.run.close()
+            opened.close()
 
     def _save_if_due(self, runner: Any, progress: Progress, total: int) -> None:
         opened, triggers = self._require_open()
@@ -318,13 +318,14 @@ class CheckpointHook:
             known, opened, _ = self._opened
             if known is runner and opened.out_dir == out_dir:
                 return opened
-            opened.run.close()
+            opened.close()
         if getattr(runner, "message_hub", None) is not None:
             continues = message_hub.recall(runner, message_hub.RUN) or ""
         else:
             continues = None if runner.iter or runner.epoch else ""
         opened = RunnerRun(work_dir, out_dir, self._contest, self._extras, by_epoch=self.by_epoch, continues=continues)
         self._opened = (runner, opened, Triggers(self._schedule, opened.run, by_epoch=self.by_epoch))
+        opened.reserve(runner)
         return opened
 
     def _require_open(self) -> tuple[RunnerRun, Triggers]:

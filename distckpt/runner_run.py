@@ -13,6 +13,7 @@ from distckpt.best import Metric, ranking
 from distckpt.buffers import sync_buffers
 from distckpt.catalog import Catalog
 from distckpt.contest import Contest, Verdict, is_link, links
+from distckpt.engine.memory import expected_bytes
 from distckpt.engine.stager import Stager
 from distckpt.errors import DistckptError
 from distckpt.formats import Snapshot, Staged
@@ -28,7 +29,7 @@ from distckpt.ranks import Json, from_leader, is_leader
 from distckpt.ranks.process_group import detect
 from distckpt.retention import BEST
 from distckpt.run import Run
-from distckpt.runner_state import capture, module_of, to_plain
+from distckpt.runner_state import capture, module_of, optimizer_in, to_plain
 from distckpt.saving import Job
 from distckpt.stores.local import LocalStore
 
@@ -78,6 +79,22 @@ class RunnerRun:
     def last(self) -> Record | None:
         self.run.collect()
         return self.run.record if self.run.saved is not None else None
+
+    def reserve(self, runner: Any) -> None:
+        """There is memory for what ``runner`` has to save, as far as that is known. Not collective."""
+        if is_leader(self.run.ranks):
+            self._stager.reserve(expected_bytes([module_of(runner.model), optimizer_in(runner)]))
+
+    def close(self) -> None:
+        """As `Run.close`; and the memory is given back.
+
+        Raises:
+            SaveFailed: on all ranks, if the last save failed.
+        """
+        try:
+            self.run.close()
+        finally:
+            self._stager.close()
 
     def path(self, name: str) -> str:
         """The path of the file ``name``, as MMEngine spells it. Not collective."""

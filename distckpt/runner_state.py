@@ -113,7 +113,7 @@ def optimizer_of(runner: Any) -> Any:
     Raises:
         TypeError: where the runner has nothing that could.
     """
-    found = _optimizer(runner)
+    found = optimizer_in(runner)
     if not is_built(runner):
         raise TypeError(
             "`optim_wrapper` of the runner should be an `OptimWrapper`, or an optimizer, with state_dict(), "
@@ -124,10 +124,11 @@ def optimizer_of(runner: Any) -> Any:
 
 def is_built(runner: Any) -> bool:
     """Whether the runner has an optimizer, and not only the plan of one."""
-    return callable(getattr(_optimizer(runner), "state_dict", None))
+    return callable(getattr(optimizer_in(runner), "state_dict", None))
 
 
-def _optimizer(runner: Any) -> Any:
+def optimizer_in(runner: Any) -> Any:
+    """The runner's optimizer, or what it has in its place; None if nothing."""
     found = getattr(runner, "optim_wrapper", None)
     return getattr(runner, "optimizer", None) if found is None else found
 

@@ -364,11 +364,11 @@ def test_a_start_that_failed_does_not_hold_the_directory(store, elsewhere):
 def test_a_disk_that_cannot_be_read_is_an_error_and_no_new_run(store, monkeypatch):
     start(store).end()
 
-    def readv(fd, buffers):
+    def preadv(*_):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     with monkeypatch.context() as broken, pytest.raises(OSError, match="run.json"):
-        broken.setattr(os, "readv", readv)
+        broken.setattr(os, "preadv", preadv)
         start(store)
 
 

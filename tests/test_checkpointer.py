@@ -19,11 +19,12 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from flows import Gated
 from torch import nn
 
-from distckpt import Checkpointer, NoCheckpoint, SaveFailed, StateMismatch, agreeing, checkpointer
+from distckpt import Checkpointer, NoCheckpoint, SaveFailed, StateMismatch, agreeing
 from distckpt.catalog import Catalog, scan
-from distckpt.formats.full import FORMAT
+from distckpt.engine.stager import Stager
 from distckpt.manifest import Record
 from distckpt.run import Run
 from distckpt.stores.local import LocalStore
@@ -107,26 +108,14 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-class Gated:
-    """The full format behind a gate that is shut."""
-
-    name, is_folder, read_with = FORMAT.name, FORMAT.is_folder, FORMAT.read_with
-    read = FORMAT.read
-
-    def __init__(self) -> None:
-        self.gate = threading.Event()
-
-    def write(self, *args: Any) -> Any:
-        assert self.gate.wait(20), "nobody opened the gate"
-        return FORMAT.write(*args)
-
-
 @pytest.fixture
-def gated(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gated]:
-    gated = Gated()
-    monkeypatch.setattr(checkpointer, "FULL", gated)
-    yield gated
-    gated.gate.set()
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Nothing is written before it is set."""
+    gate = threading.Event()
+    take = Stager.take
+    monkeypatch.setattr(Stager, "take", lambda stager, images: Gated(take(stager, images), gate))
+    yield gate
+    gate.set()
 
 
 # When
@@ -465,11 +454,11 @@ def test_what_this_run_did_not_write_is_never_deleted(out_dir):
 # While a save is written
 
 
-def test_training_goes_on_while_a_save_is_written(out_dir, gated):
+def test_training_goes_on_while_a_save_is_written(out_dir, gate):
     ckpt, tally = start(out_dir, interval=2, save_last=False)
     train(ckpt, tally, 3)
     assert ckpt.latest is None
-    gated.gate.set()
+    gate.set()
     ckpt.close()
     assert resumed(out_dir) == (2, 2)
 
@@ -481,7 +470,7 @@ def test_without_async_save_it_is_durable_on_return(out_dir):
         assert list(saved(out_dir)) == [2] and labels(out_dir) == {"latest": "step-00000002"}
 
 
-def test_a_busy_writer_is_waited_for(out_dir, gated, monkeypatch):
+def test_a_busy_writer_is_waited_for(out_dir, gate, monkeypatch):
     ckpt, tally = start(out_dir, interval=1, save_last=False)
     seen = []
 
@@ -491,30 +480,30 @@ def test_a_busy_writer_is_waited_for(out_dir, gated, monkeypatch):
     tally.on_capture = look
     train(ckpt, tally, 1)
     collect = Run.collect
-    monkeypatch.setattr(Run, "collect", lambda *args: (gated.gate.set(), collect(*args))[1])
+    monkeypatch.setattr(Run, "collect", lambda *args: (gate.set(), collect(*args))[1])
     train(ckpt, tally, 1)
     ckpt.close()
     assert seen == [[], [1]], "the memory of the first was free when the second was captured"
     assert list(saved(out_dir)) == [1, 2]
 
 
-def test_with_skip_a_save_that_finds_a_busy_writer_is_left_out_unless_it_was_asked_for(out_dir, gated, caplog):
+def test_with_skip_a_save_that_finds_a_busy_writer_is_left_out_unless_it_was_asked_for(out_dir, gate, caplog):
     ckpt, tally = start(out_dir, interval=1, when_busy="skip")
     train(ckpt, tally, 3)
     assert caplog.text.count("is not saved: the save before it is not durable yet") == 2
-    threading.Thread(target=gated.gate.set).start()
+    threading.Thread(target=gate.set).start()
     ckpt.save()
     ckpt.close()
     assert saved(out_dir) == {1: ("interval",), 3: ("asked",)}
 
 
-def test_a_wait_that_is_too_short_says_so_and_the_save_goes_on(out_dir, gated):
+def test_a_wait_that_is_too_short_says_so_and_the_save_goes_on(out_dir, gate):
     ckpt, tally = start(out_dir)
     train(ckpt, tally, 1)
     ckpt.save()
     with pytest.raises(TimeoutError, match="has not ended within 0:00:00.01.*; it goes on"):
         ckpt.wait(timedelta(milliseconds=10))
-    gated.gate.set()
+    gate.set()
     ckpt.wait()
     ckpt.close()
     assert resumed(out_dir) == (1, 1)

@@ -4,19 +4,36 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from distckpt import Checkpointer, rng
-from distckpt.snapshot import Stager
+from distckpt.engine.arena import Arena
 
 pytestmark = pytest.mark.gpu
 
 
-def test_a_copy_lies_in_pinned_memory_and_training_does_not_reach_it():
-    weight = torch.ones(1000, 1000, device="cuda")
-    copied = Stager().copy({"weight": weight})["weight"]
-    weight.add_(1)
-    assert copied.is_pinned() and copied.device.type == "cpu" and bool((copied == 1).all())
+@pytest.mark.parametrize("mode", ["eager", "lazy"])
+def test_what_is_saved_is_what_was_there_before_the_next_step(tmp_path, mode):
+    model = nn.Linear(2000, 2000, device="cuda")
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    with Checkpointer(tmp_path, {"model": model, "optimizer": optimizer}, snapshot=mode, save_last=False) as ckpt:
+        for _ in range(3):
+            model(torch.randn(8, 2000, device="cuda")).sum().backward()
+            optimizer.step()
+            ckpt.step()
+            before = model.weight.detach().cpu()
+            ckpt.save()
+        optimizer.step()
+        ckpt.wait()
+        assert torch.equal(load_file(tmp_path / "latest" / "model.safetensors")["weight"], before)
+
+
+def test_the_arena_is_page_locked():
+    arena = Arena(1 << 26, is_pinned=True)
+    arena.wait_touched()
+    assert arena.memory.is_pinned()
+    arena.close()
 
 
 def test_the_device_draws_on_after_a_restore_as_it_did_before():

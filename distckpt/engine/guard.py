@@ -43,7 +43,9 @@ class Guard:
                 for parameter in group["params"]:
                     if parameter.requires_grad:
                         tensors.append(parameter)
-                    tensors += [one for one in optimizer.state.get(parameter, {}).values() if isinstance(one, Tensor)]
+                    moments = optimizer.state.get(parameter)
+                    if isinstance(moments, dict):  # some leave None for what another rank holds
+                        tensors += [one for one in moments.values() if isinstance(one, Tensor)]
         return {(tensor.data_ptr(), tensor.nbytes) for tensor in tensors}
 
     def hold(self, modules: Iterable[nn.Module]) -> None:

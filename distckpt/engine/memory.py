@@ -35,7 +35,7 @@ def expected_bytes(parts: Iterable[Any]) -> int:
         if isinstance(part, nn.Module):
             total += _bytes_in(part.state_dict())
         elif isinstance(optimizer := getattr(part, "optimizer", part), torch.optim.Optimizer):
-            total += _bytes_in(optimizer.state_dict()) or _moments_bytes(optimizer)
+            total += _bytes_in(list(optimizer.state.values())) or _moments_bytes(optimizer)
     return total
 
 
