@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Sequence
 
 import xxhash
@@ -27,13 +26,11 @@ def lay_out(value: object) -> Image:
 
 
 class ZipLayout:
-    """Lays out values, each faster if it is like the one before. It keeps none of their tensors. Any thread may use it.
-
-    It is fast where the sizes are those of the value before, and slower by half where they are not.
+    """Lays out values, each faster if it is like the one before: what it remembers depends on the dtypes, shapes and
+    number of tensors, but it keeps none of them. Several threads may use it at once.
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
         self._pickler = TensorPickler()
         self._records = _Records(0, [])
 
@@ -46,11 +43,10 @@ class ZipLayout:
         Raises:
             TypeError: naming the place of what cannot be saved.
         """
-        with self._lock:
-            pickled = self._pickler.pickle(value)
-            if (len(pickled.data), pickled.sizes) != (self._records.pickle_bytes, self._records.sizes):
-                self._records = _Records(len(pickled.data), pickled.sizes)
-            records = self._records
+        pickled = self._pickler.pickle(value)
+        records = self._records
+        if (len(pickled.data), pickled.sizes) != (records.pickle_bytes, records.sizes):
+            records = self._records = _Records(len(pickled.data), pickled.sizes)
         serial = str(xxhash.xxh3_128_intdigest(pickled.data)).zfill(_SERIAL_BYTES).encode()
         texts = [*records.archive.texts, (records.pickle_at, pickled.data), (records.serial_at, serial)]
         places = zip(records.tensors_at, pickled.tensors, pickled.sizes, strict=True)
