@@ -166,6 +166,24 @@ def test_what_is_read_is_memory_of_its_own(committed):
     assert same(second.shared, shared_state())
 
 
+def test_what_is_opened_is_filled_wherever_it_is_wanted(committed):
+    opened = committed.format.open(committed.store, committed.record.name, committed.manifest, 0, None)
+    model, expected = opened.snapshot.shared["model"], shared_state()["model"]
+    into = {"layer.weight": torch.zeros(32, 64).t(), "layer.bias": torch.zeros(65)[1::2], "norm.steps": torch.tensor(0)}
+    pairs = [(model[key], target) for key, target in into.items()]
+    twice = torch.zeros(64, 32)
+    opened.fill([*pairs, (model["layer.weight"], twice)])
+    assert all(torch.equal(target, expected[key]) for key, target in into.items())
+    assert torch.equal(twice, expected["layer.weight"])
+
+
+def test_what_is_to_be_read_stands_there_with_its_type_and_shape(committed):
+    opened = committed.format.open(committed.store, committed.record.name, committed.manifest, 0, None)
+    model = opened.snapshot.shared["model"]
+    told = {key: (one.dtype, one.shape) for key, one in model.items()}
+    assert told == {key: (one.dtype, one.shape) for key, one in shared_state()["model"].items()}
+
+
 # What is on the disk
 
 

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -14,7 +15,7 @@ from flows import read_now, write_now
 from torch import nn
 
 from distckpt.errors import DamagedCheckpoint
-from distckpt.formats import Snapshot, Written
+from distckpt.formats import Opened, Snapshot, Written
 from distckpt.formats.full import FORMAT
 from distckpt.manifest import FileEntry, Manifest, digest
 from distckpt.progress import Progress
@@ -199,3 +200,93 @@ def test_a_value_that_cannot_be_stored_is_named_with_its_part(store):
     store.make_folder(FOLDER)
     with pytest.raises(TypeError, match=r"^extra\.inner\.0 is a builtins.object"):
         write_now(FORMAT, Snapshot({"extra": {"inner": [object()]}}), store, FOLDER)
+
+
+# What is opened, and what is filled
+
+
+def opened(store: LocalStore, manifest: Manifest, parts: Any = None) -> Opened:
+    return FORMAT.open(store, FOLDER, manifest, 0, parts)
+
+
+def test_what_is_opened_stands_for_tensors_of_the_same_types_and_shapes(store):
+    shared = opened(store, write(store, 1)).snapshot.shared
+    for key, value in shared_state()["model"].items():
+        assert shared["model"][key].is_meta
+        assert (shared["model"][key].dtype, shared["model"][key].shape) == (value.dtype, value.shape)
+    assert shared["scheduler"] == {"last_epoch": 3}
+
+
+def test_only_files_of_what_is_to_be_filled_are_read(store, monkeypatch):
+    checkpoint = opened(store, write(store, 1))
+    read: list[str] = []
+    real = store.open
+    monkeypatch.setattr(store, "open", lambda path: (read.append(path), real(path))[1])
+    bias = torch.zeros(3)
+    checkpoint.fill([(checkpoint.snapshot.shared["model"]["0.bias"], bias)])
+    assert read == [f"{FOLDER}/model.safetensors"] and torch.equal(bias, shared_state()["model"]["0.bias"])
+
+
+def test_a_tensor_in_several_places_is_one_stand_in_that_fills_many(store):
+    store.make_folder(FOLDER)
+    weight = torch.randn(300, 300)
+    written = write_now(FORMAT, Snapshot({"model": {"a": weight, "b": {"c": weight}}}), store, FOLDER)
+    checkpoint = opened(store, manifest_of([written]))
+    standing = checkpoint.snapshot.shared["model"]["a"]
+    assert checkpoint.snapshot.shared["model"]["b"]["c"] is standing
+    into = [torch.zeros(300, 300).T, torch.zeros(300, 300), torch.zeros(300, 600)[:, ::2]]
+    checkpoint.fill([(standing, one) for one in into])
+    assert all(torch.equal(one, weight) for one in into)
+
+
+def test_arrays_and_types_that_safetensors_has_no_word_for_are_filled(store):
+    store.make_folder(FOLDER)
+    state = {"array": np.arange(6.0).reshape(2, 3), "complex": torch.randn(3, dtype=torch.complex128), "same": None}
+    state["same"] = state["complex"]
+    written = write_now(FORMAT, Snapshot({"part": state}), store, FOLDER)
+    checkpoint = opened(store, manifest_of([written]))
+    got = checkpoint.snapshot.shared["part"]
+    assert got["complex"].is_meta and got["complex"].dtype == torch.complex128 and got["same"] is got["complex"]
+    into = torch.zeros(3, dtype=torch.complex128)
+    checkpoint.fill([(got["complex"], into)])
+    assert torch.equal(into, state["complex"]) and np.array_equal(got["array"], state["array"])
+
+
+@pytest.mark.parametrize("into", [torch.zeros(3, dtype=torch.float64), torch.zeros(4), torch.zeros(3, 1)], ids=str)
+def test_memory_of_another_type_or_shape_is_not_written_to(store, into):
+    checkpoint = opened(store, write(store, 1))
+    with pytest.raises(ValueError, match="is no place for what was torch.float32 of"):
+        checkpoint.fill([(checkpoint.snapshot.shared["model"]["0.bias"], into)])
+    assert not into.any()
+
+
+def test_a_stand_in_of_another_checkpoint_is_refused(store):
+    manifest = write(store, 1)
+    other = opened(store, manifest).snapshot.shared["model"]["0.bias"]
+    with pytest.raises(ValueError, match="or that is of another checkpoint"):
+        opened(store, manifest).fill([(other, torch.zeros(3))])
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [(b'"shape":[3,2]', b'"shape":[2,3]'), (b'"0.bias"', b'"0.bjas"'), (b'"F32","shape":[3]', b'"I32","shape":[3]')],
+)
+def test_a_header_that_does_not_say_what_was_committed_is_found_before_it_is_laid_beside_anything(store, old, new):
+    """Taken for what the checkpoint holds, it would be a mismatch, which sends nobody back to the one before it."""
+    manifest = write(store, 1)
+    place = store.root / FOLDER / "model.safetensors"
+    changed = place.read_bytes().replace(old, new, 1)
+    assert changed != place.read_bytes()
+    place.write_bytes(changed)
+    with pytest.raises(DamagedCheckpoint, match=r"model\.safetensors: its tensors are not those that were committed"):
+        opened(store, manifest)
+
+
+def test_a_byte_that_is_lost_after_it_was_opened_is_found_when_it_is_filled(store):
+    checkpoint = opened(store, write(store, 1))
+    place = store.root / FOLDER / "model.safetensors"
+    data = bytearray(place.read_bytes())
+    data[-1] ^= 1
+    place.write_bytes(data)
+    with pytest.raises(DamagedCheckpoint, match=r"model\.safetensors: its bytes changed after the commit"):
+        checkpoint.fill([(checkpoint.snapshot.shared["model"]["0.bias"], torch.zeros(3))])
