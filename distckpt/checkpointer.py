@@ -153,6 +153,8 @@ class Checkpointer:
         ranks = detect(timeout)
         self._judge = Judge(metrics, max_keep_best, ranks=ranks, records=lambda: self._run.known_records())
         keeping = LabelledKeeping(kept, self._judge)
+        self._stager = Stager(snapshot, arena_bytes=arena_bytes, modules=self._parts.modules.values())
+        from_leader(ranks, "memory for snapshots", self._reserve)
         from_leader(ranks, "creation of the directory", store.make_root)
         self._run = Run(
             store,
@@ -163,9 +165,6 @@ class Checkpointer:
             timeout=timeout,
             on_event=on_event,
         )
-        self._stager = Stager(snapshot, arena_bytes=arena_bytes, modules=self._parts.modules.values())
-        if is_leader(ranks):
-            self._stager.reserve(expected_bytes(self._parts.shared.values()))
         self._ranks = ranks
         self._timeout = timeout
         self._environment = environment.describe()
@@ -408,6 +407,11 @@ class Checkpointer:
     def _is_busy(self) -> bool:
         # Whether a writer is done is seen by each rank at another time, so one of them says.
         return bool(from_leader(self._ranks, "look at the writer", lambda: self._run.is_busy))
+
+    def _reserve(self) -> None:
+        tensors = [one for module in self._parts.modules.values() for one in module.parameters()]
+        on_device = any(one.is_cuda for one in tensors)
+        self._stager.reserve(expected_bytes(self._parts.shared.values()), is_pinned=on_device)
 
     def _take(self) -> Staged:
         shared = self._parts.capture_shared(is_leader=is_leader(self._ranks))

@@ -19,6 +19,7 @@ _HUGE_PAGE_BYTES = 2 * 1024 * 1024
 _STEP_BYTES = 64 * 1024 * 1024  # is touched in one call, which cannot be interrupted
 _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, since Linux 5.14
 _MAP_NORESERVE = 0x4000
+_FOR_ALL_DEVICES = 1  # cudaHostRegisterPortable
 
 _libc = ctypes.CDLL(None, use_errno=True)  # releases the GIL, which mmap.madvise holds for as long as it takes
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
@@ -51,7 +52,8 @@ class Arena:
         self.memory: Tensor = whole[skipped : skipped + self.size_bytes]
         self.address = self.memory.data_ptr()
         _advise(self.address, self.size_bytes, mmap.MADV_HUGEPAGE)
-        self._is_pinned = is_pinned
+        self._is_pinned = False
+        self._device = torch.cuda.current_device() if is_pinned and torch.cuda.is_available() else None
         self._is_wanted = threading.Event()
         self._is_wanted.set()
         self._toucher = threading.Thread(target=_touch, args=(weakref.ref(self),), name="distckpt-arena", daemon=True)
@@ -61,10 +63,11 @@ class Arena:
         """All of it was used once, and is page-locked if it is to be."""
         self._toucher.join()
 
-    def view(self, begin: int, end: int) -> memoryview:
-        """The bytes from ``begin`` to ``end``."""
-        bytes_of: memoryview = memoryview(self.memory[begin:end].numpy())  # type: ignore[arg-type]
-        return bytes_of
+    def pin(self) -> None:
+        """All of it is page-locked, where there is an accelerator of CUDA."""
+        self.wait_touched()
+        if not self._is_pinned and torch.cuda.is_available():
+            self._lock_pages()
 
     def close(self) -> None:
         """The memory is given back, once nothing refers to it. Safe to call twice."""
@@ -75,6 +78,13 @@ class Arena:
         self._is_pinned, self.size_bytes = False, 0
         self.memory = torch.empty(0, dtype=torch.uint8)
 
+    def _lock_pages(self) -> None:
+        cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]  # torch's own
+        failed = int(cudart.cudaHostRegister(self.address, self.size_bytes, _FOR_ALL_DEVICES))
+        self._is_pinned = not failed
+        if failed:
+            _log.warning("the arena could not be page-locked (error %d of CUDA), so copies to it are slow", failed)
+
 
 def _touch(known: weakref.ref[Arena]) -> None:
     begin = 0
@@ -84,15 +94,9 @@ def _touch(known: weakref.ref[Arena]) -> None:
             break  # an older kernel: the first save touches it
         begin += count
         del arena
-    if (arena := known()) is not None and arena._is_pinned and arena._is_wanted.is_set():
-        _pin(arena)
-
-
-def _pin(arena: Arena) -> None:
-    failed = torch.cuda.cudart().cudaHostRegister(arena.address, arena.size_bytes, 0)  # type: ignore[no-untyped-call]
-    if int(failed):
-        arena._is_pinned = False
-        _log.warning("the arena could not be page-locked (%s), so copies to it are slow", failed)
+    if (arena := known()) is not None and arena._device is not None and arena._is_wanted.is_set():
+        with torch.cuda.device(arena._device):  # each thread begins with the first of all devices
+            arena._lock_pages()
 
 
 def _advise(address: int, count: int, advice: int) -> bool:

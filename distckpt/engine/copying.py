@@ -8,6 +8,8 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+from torch import Tensor
+
 BLOCK_BYTES = 16 * 1024 * 1024
 
 # A call that releases the GIL may wait for 5 ms to get it back: worth it for large pieces only.
@@ -52,15 +54,16 @@ def move(target: int, source: int | bytes, count: int) -> None:
 
 
 class Copy:
-    """A copy into memory at ``base``, by all threads that call `work`, from its start to its end.
+    """A copy into ``memory``, by all threads that call `work`, from its start to its end.
 
     Args:
-        window_bytes: how much memory there is, a multiple of the block's size. Where that is less than what is
+        window_bytes: how much of it there is, a multiple of the block's size. Where that is less than what is
             copied, a block is copied once the one whose memory it takes was freed.
     """
 
-    def __init__(self, base: int, window_bytes: int, pieces: Iterable[Piece]) -> None:
-        self._base = base
+    def __init__(self, memory: Tensor, window_bytes: int, pieces: Iterable[Piece]) -> None:
+        self._memory = memory  # which is there for as long as somebody may copy into it
+        self._base = memory.data_ptr()
         self._window_bytes = window_bytes
         self._pieces = deque(pieces)
         self._left = Counter([piece.block for piece in self._pieces])

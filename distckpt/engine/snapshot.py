@@ -50,15 +50,14 @@ class Staging:
     ) -> None:
         self._images = images
         self._plan = plan
-        self._arena = arena
+        self._memory = memory = arena.memory
         self._suspects = suspects
         self._is_paranoid = is_paranoid
         blocks = plan.starts[-1] // BLOCK_BYTES + 1
         is_bounded = plan.starts[-1] > arena.size_bytes
         self._window_bytes = (arena.size_bytes // BLOCK_BYTES if is_bounded else blocks) * BLOCK_BYTES
-        self._now = Copy(arena.address, self._window_bytes, plan.now)
-        self._late = Copy(arena.address, self._window_bytes, plan.late)
-        memory = arena.memory
+        self._now = Copy(arena.memory, self._window_bytes, plan.now)
+        self._late = Copy(arena.memory, self._window_bytes, plan.late)
         devices = [one for one in plan.odd if one[1].device.type != "cpu"]
         self._transfer_now = Transfer([(view(memory, *one), one[1]) for one in devices])
         self._transfer_late = Transfer([(view(memory, *one), one[1]) for one in plan.late_odd])
@@ -128,7 +127,7 @@ class Staging:
 
     def _stage(self) -> None:
         if self._plan.texts or self._plan.small or self._plan.odd:
-            self._plan.scatter(self._arena.memory)
+            self._plan.scatter(self._memory)
         self._transfer_now.begin()
         self._transfer_late.begin()
         self._begun.set()
@@ -168,11 +167,11 @@ class Staging:
                 self._changed.notify_all()
 
     def _was_changed(self, one: Witness) -> bool:
-        base = self._arena.address
+        base = self._memory.data_ptr()
         return one.was_changed(base) or (self._is_paranoid and one.differs(base))
 
     def _retake(self, torn: Sequence[TensorEntry]) -> None:
-        again = Copy(self._arena.address, self._window_bytes, self._plan.late)
+        again = Copy(self._memory, self._window_bytes, self._plan.late)
         again.start(min(len(os.sched_getaffinity(0)), _MOST_THREADS) - 1)
         again.work()
         again.wait()
@@ -219,7 +218,7 @@ class Staging:
             self._late.wait_for(block)
             stop = min(end, (block + 1) * BLOCK_BYTES)
             place = at % self._window_bytes
-            yield self._arena.view(place, place + stop - at)
+            yield memoryview(self._memory[place : place + stop - at].numpy())  # type: ignore[arg-type]  # it is a buffer
             at = stop
 
     def _spend(self, phase: str, seconds: float) -> None:

@@ -73,6 +73,7 @@ class Stager:
             )
         if self._limit_bytes is not None and wanted > self._limit_bytes:
             wanted = max(self._limit_bytes // BLOCK_BYTES * BLOCK_BYTES, LEAST_ARENA_BYTES)
+        _log.info("snapshots take %.2f GB of host memory, of %.2f GB free", wanted / 1e9, available_bytes() / 1e9)
         self._arena = Arena(wanted, is_pinned=is_pinned)
 
     def take(self, images: Sequence[Image]) -> Staging:
@@ -92,7 +93,7 @@ class Stager:
         else:
             plan = Plan.of(images, may_be_late=lambda *_: False)
         if on_device:
-            self._arena.wait_touched()
+            self._arena.pin()
         self._current = Staging(images, plan, self._arena, self._suspects, is_paranoid=self._mode == "paranoid")
         return self._current
 
