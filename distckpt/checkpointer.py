@@ -34,7 +34,14 @@ from distckpt.selection import Selection
 from distckpt.state import Parts
 from distckpt.stores.local import LocalStore
 from distckpt.triggers import Triggers
-from distckpt.words import check_bytes, check_choice, check_flags, refuse_unknown
+from distckpt.words import (
+    check_bytes,
+    check_choice,
+    check_directory,
+    check_flags,
+    check_timeout,
+    refuse_unknown,
+)
 
 _log = logging.getLogger("distckpt")
 
@@ -121,27 +128,16 @@ class Checkpointer:
         check_choice("when_busy", when_busy, ("wait", "skip"))
         check_choice("snapshot", snapshot, MODES)
         check_bytes("arena_bytes", arena_bytes, least=LEAST_ARENA_BYTES)
-        if not isinstance(timeout, timedelta):
-            raise TypeError(f"timeout should be a datetime.timedelta, is {timeout!r}")
-        if timeout <= timedelta(0):
-            raise ValueError(f"timeout should be longer than zero, is {timeout}")
+        check_timeout("timeout", timeout)
+        check_directory("out_dir", out_dir)
         if on_event is not None and not callable(on_event):
             raise TypeError(f"on_event should be a function of one dict, is {on_event!r}")
-        if not isinstance(out_dir, (str, os.PathLike)) or not os.fspath(out_dir):
-            raise TypeError(f"out_dir should be the path of a directory, is {out_dir!r}")
-        if "://" in os.fspath(out_dir):
-            raise ValueError(f"out_dir should be a directory of a file system, {out_dir!r} is a URL")
         if init_from is not None and not isinstance(init_from, (str, os.PathLike)):
             raise TypeError(f"init_from should be the path of a checkpoint or of a file, is {init_from!r}")
         schedule = Schedule.parse(interval, begin=save_begin)
         self._save_last = save_last
         metrics = parse_metrics(save_best, rule, greater_keys, less_keys)
-        kept = {
-            "max_keep_ckpts": max_keep_ckpts,
-            "keep_every": keep_every,
-            "keep_for": keep_for,
-            "keep_bytes": keep_bytes,
-        }
+        kept = dict(max_keep_ckpts=max_keep_ckpts, keep_every=keep_every, keep_for=keep_for, keep_bytes=keep_bytes)
         self._buffers_mode = parse_mode(sync_buffers)
         self._async_save = async_save
         self._when_busy = when_busy

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import timedelta
 
 
 @dataclass(frozen=True)
@@ -120,3 +122,19 @@ def check_bytes(word: str, value: object, *, least: int) -> None:
         raise TypeError(f"{word} should be a number of bytes, is {value!r}")
     if value < least:
         raise ValueError(f"{word} should be at least {least} bytes ({least >> 20} MiB), is {value}")
+
+
+def check_timeout(word: str, value: object) -> None:
+    """``value`` is a ``timedelta`` longer than zero; ``TypeError`` or ``ValueError`` naming the word, if not."""
+    if not isinstance(value, timedelta):
+        raise TypeError(f"{word} should be a datetime.timedelta, is {value!r}")
+    if value <= timedelta(0):
+        raise ValueError(f"{word} should be longer than zero, is {value}")
+
+
+def check_directory(word: str, value: object) -> None:
+    """``value`` is the path of a directory; ``TypeError`` or ``ValueError`` naming the word, if it cannot be."""
+    if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
+        raise TypeError(f"{word} should be the path of a directory, is {value!r}")
+    if "://" in os.fspath(value):
+        raise ValueError(f"{word} should be a directory of a file system, {value!r} is a URL")

@@ -1,5 +1,10 @@
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
 import pytest
 
+from distckpt import words
 from distckpt.words import _FOREIGN, refuse_unknown
 
 HOOK = {
@@ -62,3 +67,29 @@ def test_every_foreign_word_has_an_answer():
     for word in _FOREIGN:
         with pytest.raises(TypeError, match=f"{word}: .*'s name; here (it is [a-z_]+=|there is none: )"):
             refuse_unknown([word], HOOK, "CheckpointHook")
+
+
+@pytest.mark.parametrize(
+    ("check", "value", "error"),
+    [
+        (words.check_timeout, timedelta(seconds=1), None),
+        (words.check_timeout, timedelta(0), ValueError),
+        (words.check_timeout, 3, TypeError),
+        (words.check_directory, "runs/gpt", None),
+        (words.check_directory, Path("runs"), None),
+        (words.check_directory, "", TypeError),
+        (words.check_directory, 3, TypeError),
+        (words.check_directory, "s3://runs", ValueError),
+        (partial(words.check_bytes, least=8), None, None),
+        (partial(words.check_bytes, least=8), 8, None),
+        (partial(words.check_bytes, least=8), 7, ValueError),
+        (partial(words.check_bytes, least=8), 8.0, TypeError),
+        (partial(words.check_bytes, least=8), True, TypeError),
+    ],
+)
+def test_a_value_that_cannot_be_is_an_error_that_names_the_word(check, value, error):
+    if error is None:
+        assert check("it", value) is None
+    else:
+        with pytest.raises(error, match="^it should be"):
+            check("it", value)
