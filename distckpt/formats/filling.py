@@ -94,7 +94,7 @@ class _Pass:
             return
         fitting = [*filter(_is_plain, targets), *filter(_is_flat, targets)]
         first = fitting[0] if fitting else torch.empty(targets[0].shape, dtype=targets[0].dtype)
-        if first.device.type == "cpu":
+        if first.is_cpu:
             self._read(first)
         else:
             self._carry(first)
@@ -150,4 +150,4 @@ def _is_flat(tensor: Tensor) -> bool:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and _is_flat(tensor)
+    return tensor.is_cpu and _is_flat(tensor)

@@ -89,18 +89,20 @@ class OpenedFull:
             LookupError, ValueError: where it holds no such one.
         """
         key = prefix + reference.key
+        if (known := self._stand_ins.get((file, key, reference))) is not None:
+            return known
         held = self._files[file].held[key]
-        dtype, shape = (held.dtype, held.shape) if reference.dtype is None else (reference.dtype, reference.shape)
-        if torch.Size(shape).numel() * dtype.itemsize != held.size_bytes:
-            raise ValueError(f"{ascii(key)[:80]} has {held.size_bytes} bytes, which are no {dtype} of {tuple(shape)}")
+        dtype, shape = held.dtype, held.shape
+        if reference.dtype is not None:
+            dtype, shape = reference.dtype, reference.shape
+            if reference.shape.numel() * dtype.itemsize != held.size_bytes:
+                raise ValueError(f"{ascii(key)[:80]} has {held.size_bytes} bytes, no {dtype} of {tuple(shape)}")
         if reference.is_array:
             array = torch.empty(shape, dtype=dtype)
             self._arrays.append((file, key, array))
             return array.numpy()
-        known = self._stand_ins.get((file, key, reference))
-        if known is None:
-            known = self._stand_ins[file, key, reference] = stand_in(shape, dtype)
-            self._places[id(known)] = (file, key)
+        known = self._stand_ins[file, key, reference] = stand_in(shape, dtype)
+        self._places[id(known)] = (file, key)
         return known
 
 

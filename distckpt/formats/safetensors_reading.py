@@ -10,8 +10,7 @@ import math
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 import xxhash
@@ -29,8 +28,7 @@ _MOST_DIMENSIONS = 64  # the limit of torch's own operators
 _DTYPES_BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
 
 
-@dataclass(frozen=True)
-class Held:
+class Held(NamedTuple):
     """A tensor in a file."""
 
     dtype: torch.dtype
@@ -131,34 +129,37 @@ def _held(text: bytes, rest: int, what: str) -> dict[str, Held]:
     fields.pop("__metadata__", None)
     held: dict[str, Held] = {}
     end = 0
-    for name, field in sorted(fields.items(), key=lambda item: _offsets(item[1])):
-        one = held[name] = _one(name, field, end)
-        end += one.size_bytes
+    for offsets, name in sorted((_offsets(field), name) for name, field in fields.items()):
+        one = held[name] = _one(name, fields[name])
+        begin, end = end, end + one.size_bytes
+        if offsets != (begin, end):
+            raise ValueError(f"{ascii(name)[:80]} lies at {offsets}, and should at {(begin, end)}")
     if end != rest:
         raise ValueError(f"its tensors end at {end} of {rest} bytes")
     return held
 
 
-def _one(name: str, field: dict[str, Any], begin: int) -> Held:
+def _one(name: str, field: dict[str, Any]) -> Held:
     dtype = _DTYPES_BY_NAME.get(str(field.get("dtype")))
     shape = field.get("shape")
-    if dtype is None or not _is_shape(shape) or dtype.itemsize * math.prod(filter(None, shape)) >= 1 << 63:
+    # torch multiplies all extents but those that are zero.
+    if dtype is None or not _is_shape(shape) or (span := dtype.itemsize * math.prod(filter(None, shape))) >= 1 << 63:
         raise ValueError(
             f"{ascii(name)[:80]} has the dtype {ascii(field.get('dtype'))[:80]} and the shape {ascii(shape)[:80]}"
         )
-    size = dtype.itemsize * math.prod(shape)
-    if _offsets(field) != (begin, begin + size):
-        raise ValueError(f"{ascii(name)[:80]} lies at {_offsets(field)}, and should at {(begin, begin + size)}")
-    return Held(dtype, tuple(shape), size)
+    return Held(dtype, tuple(shape), 0 if 0 in shape else span)
 
 
 def _is_shape(shape: Any) -> TypeGuard[list[int]]:
-    is_list = type(shape) is list and len(shape) <= _MOST_DIMENSIONS
-    return is_list and all(type(one) is int and one >= 0 for one in shape)
+    return type(shape) is list and len(shape) <= _MOST_DIMENSIONS and _are_counts(shape)
 
 
 def _offsets(field: Any) -> tuple[int, int]:
     offsets = field.get("data_offsets") if type(field) is dict else None
-    if type(offsets) is not list or len(offsets) != 2 or not all(type(one) is int and one >= 0 for one in offsets):
+    if type(offsets) is not list or len(offsets) != 2 or not _are_counts(offsets):
         raise ValueError(f"{ascii(field)[:80]} is no place of a tensor")
     return offsets[0], offsets[1]
+
+
+def _are_counts(values: list[Any]) -> bool:
+    return set(map(type, values)) <= {int} and (not values or min(values) >= 0)
