@@ -35,7 +35,7 @@ def encode(value: Any, path: str) -> tuple[Any, dict[str, Tensor], dict[str, str
             that cannot be stored whole.
     """
     found = _Found(path)
-    return _encode(value, (), found), found.tensors, found.aliases
+    return _encode(value, "", found), found.tensors, found.aliases
 
 
 class Reference(NamedTuple):
@@ -73,44 +73,43 @@ class _Found:
         self.path = path
         self.tensors: dict[str, Tensor] = {}
         self.aliases: dict[str, str] = {}
-        self._keys: dict[int, list[str]] = {}
-        self._met: dict[str, Tensor] = {}
+        self._known: dict[int, dict[str, Tensor]] = {}  # by their address
 
-    def refer(self, tensor: Tensor, place: tuple[str, ...]) -> Any:
+    def refer(self, tensor: Tensor, place: str) -> Any:
         """What stands for ``tensor`` at ``place``."""
-        key = ".".join(place) or "value"
+        key = place or "value"
         if not is_savable(tensor):
             check_savable(tensor, self.where(place))
         while key in self.tensors or key in self.aliases or key == "__metadata__":  # {"a": {"b": t}, "a.b": t}
             key += "'"
         known = self._tied(tensor, key)
-        if known != key:
+        dtype = tensor.dtype
+        if known is not key:
             self.aliases[key] = known
-        elif tensor.dtype in DTYPES:
+        elif dtype in DTYPES:
             self.tensors[key] = tensor
         else:  # what safetensors has no word for lies there as plain bytes, and its type here
             plain = tensor.detach().contiguous().reshape(-1) if tensor.numel() else torch.empty(0, dtype=tensor.dtype)
             self.tensors[key] = plain.view(torch.uint8)
-        return known if tensor.dtype in DTYPES else [known, str(tensor.dtype), list(tensor.shape)]
+        return known if dtype in DTYPES else [known, str(dtype), list(tensor.shape)]
 
     def _tied(self, tensor: Tensor, key: str) -> str:
         """The key of a tensor that is this one; ``key``, if there is none yet."""
-        if not tensor.numel():
-            return key
-        there = self._keys.setdefault(tensor.data_ptr(), [])
-        for other in there:
-            if identity(self._met[other]) == identity(tensor):
-                return other
-        there.append(key)
-        self._met[key] = tensor
+        there = self._known.setdefault(tensor.data_ptr(), {})
+        if there and tensor.numel():
+            mine = identity(tensor)
+            for other, known in there.items():
+                if identity(known) == mine:
+                    return other
+        there[key] = tensor
         return key
 
-    def where(self, place: tuple[str, ...]) -> str:
+    def where(self, place: str) -> str:
         """The name of ``place``, for people."""
-        return ".".join((self.path, *place))
+        return f"{self.path}.{place}" if place else self.path
 
 
-def _encode(value: Any, place: tuple[str, ...], found: _Found) -> Any:
+def _encode(value: Any, place: str, found: _Found) -> Any:
     if isinstance(value, Tensor):
         return {_TENSOR: found.refer(value, place)}
     if value is None or type(value) in (bool, int, str):
@@ -118,24 +117,30 @@ def _encode(value: Any, place: tuple[str, ...], found: _Found) -> Any:
     if type(value) is float:
         return value if math.isfinite(value) else {"$float": repr(value)}
     if type(value) is dict and all(type(key) is str and not key.startswith("$") for key in value):
-        return {key: _encode(one, (*place, key), found) for key, one in value.items()}
+        inside = f"{place}." if place else ""
+        return {key: _encode(one, inside + key, found) for key, one in value.items()}
     if type(value) is list:
-        return [_encode(one, (*place, str(nth)), found) for nth, one in enumerate(value)]
+        return [_encode(one, _within(place, nth), found) for nth, one in enumerate(value)]
     if type(value) in _CONTAINERS:
         name, take_apart, _ = _CONTAINERS[type(value)]
-        return {name: [_encode(one, (*place, str(nth)), found) for nth, one in enumerate(take_apart(value))]}
+        return {name: [_encode(one, _within(place, nth), found) for nth, one in enumerate(take_apart(value))]}
     if isinstance(value, dict) and type(value) in (dict, OrderedDict, defaultdict, Counter):
         kind = {OrderedDict: "$ordered", Counter: "$counter"}.get(type(value), "$dict")
         pairs = value.items()
         return {
             kind: [
-                [_encode(key, (*place, "key"), found), _encode(one, (*place, str(key)), found)] for key, one in pairs
+                [_encode(key, _within(place, "key"), found), _encode(one, _within(place, key), found)]
+                for key, one in pairs
             ]
         }
     return _encode_rarely(value, place, found)
 
 
-def _encode_rarely(value: Any, place: tuple[str, ...], found: _Found) -> Any:
+def _within(place: str, key: object) -> str:
+    return f"{place}.{key}" if place else str(key)
+
+
+def _encode_rarely(value: Any, place: str, found: _Found) -> Any:
     if isinstance(value, (bytes, bytearray)):
         return {"$bytes": base64.b64encode(value).decode()}
     if isinstance(value, np.generic) and value.dtype.kind in "biufU" and type(value.item()) in (bool, int, float, str):
