@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from distckpt.errors import DistckptError
+
 BLOCK_BYTES = 16 * 1024 * 1024
 
 # A call that releases the GIL may wait for 5 ms to get it back: worth it for large pieces only.
@@ -69,7 +71,7 @@ class Copy:
         self._left = Counter([piece.block for piece in self._pieces])
         self._freed = 0
         self._working = 0
-        self._failure: BaseException | None = None
+        self._failure: Exception | None = None
         self._changed = threading.Condition()
 
     def start(self, threads: int) -> None:
@@ -78,26 +80,30 @@ class Copy:
             threading.Thread(target=self.work, name="distckpt-copy", daemon=True).start()
 
     def work(self) -> None:
-        """Nothing of it is left to begin with; what other threads began may still be under way. Raises nothing."""
+        """Nothing of it is left to begin with; what other threads began may still be under way. What goes wrong is
+        raised where the copy is waited for; an interrupt of this thread here, too."""
         with self._changed:
             self._working += 1
         try:
             while (piece := self._next()) is not None:
                 self._copy(piece)
-        except BaseException as error:  # raised where the copy is waited for
+        except Exception as error:
             self.fail(error)
+        except BaseException as error:
+            self.fail(DistckptError(f"the copy was interrupted ({type(error).__name__})"))
+            raise
         finally:
             with self._changed:
                 self._working -= 1
                 self._changed.notify_all()
 
-    def fail(self, error: BaseException) -> None:
+    def fail(self, error: Exception) -> None:
         """Whoever waits for this copy gets that error, and nothing more is copied."""
         with self._changed:
             self._failure = self._failure or error
             self._changed.notify_all()
 
-    def end(self, error: BaseException) -> None:
+    def end(self, error: Exception) -> None:
         """As `fail`; and no thread touches the memory any more."""
         self.fail(error)
         with self._changed:

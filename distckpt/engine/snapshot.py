@@ -64,7 +64,7 @@ class Staging:
         self._measures: dict[str, float] = defaultdict(float, arena_bytes=arena.size_bytes, retakes=0)
         self._begun = threading.Event()
         self._changed = threading.Condition()
-        self._failure: BaseException | None = None
+        self._failure: Exception | None = None
         self._torn: list[TensorEntry] | None = None  # None: nobody has looked yet
         self._generation = 0
 
@@ -75,10 +75,11 @@ class Staging:
         try:
             with torch.no_grad():
                 self._stage()
-        except BaseException as error:  # raised by the save that follows, on all ranks
+        except Exception as error:  # raised by the save that follows, on all ranks
             self._fail(error)
-            if not isinstance(error, Exception):
-                raise
+        except BaseException as error:
+            self._fail(DistckptError(f"the snapshot was interrupted ({type(error).__name__})"))
+            raise
         self._measures["stage_seconds"] += time.monotonic() - began
 
     def let_change(self) -> None:
@@ -145,7 +146,7 @@ class Staging:
             self._late.work()
             self._late.wait()
             self._judge()
-        except BaseException as error:  # whoever waits for it raises it
+        except Exception as error:  # whoever waits for it raises it
             self._fail(error)
 
     def _catch_up(self) -> bool:
@@ -228,7 +229,7 @@ class Staging:
         if self._failure is not None:
             raise self._failure
 
-    def _fail(self, error: BaseException) -> None:
+    def _fail(self, error: Exception) -> None:
         with self._changed:
             self._failure = self._failure or error
             self._changed.notify_all()

@@ -1,0 +1,122 @@
+"""What the tests of the engine share: late copies that stand still, and blocks that are small."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from distckpt import checkpointer
+from distckpt.engine import copying, snapshot, stager
+from distckpt.engine.snapshot import Staging
+from distckpt.engine.stager import Mode, Stager
+
+SMALL_BLOCK_BYTES = 64 * 1024
+
+
+class Held:
+    """The late copies of a process, none of which has begun yet.
+
+    Attributes:
+        go: they begin once it is set. What a barrier copies itself, it copies nevertheless.
+        begun: how many threads of late copies were started.
+    """
+
+    def __init__(self) -> None:
+        self.go = threading.Event()
+        self.begun = 0
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[Held]:
+    """No thread copies anything late before the test lets it, as if others had the cores."""
+    copy_late = Staging._copy_late
+    told = Held()
+
+    def hold(staging: Staging) -> None:
+        told.begun += 1
+        assert told.go.wait(60), "nobody let the late copy go"
+        copy_late(staging)
+
+    monkeypatch.setattr(Staging, "_copy_late", hold)
+    yield told
+    told.go.set()
+
+
+@pytest.fixture
+def lazy() -> Iterator[Stager]:
+    yield from _stager("lazy")
+
+
+@pytest.fixture
+def eager() -> Iterator[Stager]:
+    yield from _stager("eager")
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Blocks of so many bytes: a state of a few MB is too large for an arena of 2 MiB then, the least there is."""
+    for module in (copying, snapshot, stager):
+        monkeypatch.setattr(module, "BLOCK_BYTES", SMALL_BLOCK_BYTES)
+    for module in (stager, checkpointer):
+        monkeypatch.setattr(module, "LEAST_ARENA_BYTES", 2 * SMALL_BLOCK_BYTES)
+    return SMALL_BLOCK_BYTES
+
+
+@pytest.fixture
+def scratch(tmp_path: Path) -> Iterator[Path]:
+    """A folder for many saves; in memory where that can be had, as what they are about is no disk."""
+    memory = Path("/dev/shm")
+    where = memory if os.access(memory, os.W_OK) else tmp_path
+    with tempfile.TemporaryDirectory(dir=where) as folder:
+        yield Path(folder).resolve()
+
+
+def _stager(mode: Mode) -> Iterator[Stager]:
+    stager = Stager(mode)
+    yield stager
+    stager.close()
+
+
+class Paused:
+    """A late copy that stands before its ``at``-th piece, counted from 0, until `go` is set.
+
+    Attributes:
+        reached: set where it stands there.
+    """
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+        self.go = threading.Event()
+        self.reached = threading.Event()
+        self._moved = 0
+
+    def move(self, target: int, source: int | bytes, count: int) -> None:
+        if threading.current_thread().name == "distckpt-copy":
+            if self._moved == self.at:
+                self.reached.set()
+                assert self.go.wait(60), "nobody let the late copy go on"
+            self._moved += 1
+        _MOVE(target, source, count)
+
+
+_MOVE = copying.move
+
+
+@pytest.fixture
+def paused(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Paused]]:
+    """Late copies that are begun from now on stand still before a piece."""
+    made: list[Paused] = []
+
+    def pause(at: int) -> Paused:
+        made.append(Paused(at))
+        monkeypatch.setattr(copying, "move", made[-1].move)
+        return made[-1]
+
+    yield pause
+    for one in made:
+        one.go.set()
