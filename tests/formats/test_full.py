@@ -290,3 +290,22 @@ def test_a_byte_that_is_lost_after_it_was_opened_is_found_when_it_is_filled(stor
     place.write_bytes(data)
     with pytest.raises(DamagedCheckpoint, match=r"model\.safetensors: its bytes changed after the commit"):
         checkpoint.fill([(checkpoint.snapshot.shared["model"]["0.bias"], torch.zeros(3))])
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(5, 3)
+        self.head = nn.Linear(3, 5, bias=False)
+        self.head.weight = self.embedding.weight
+
+
+def test_tied_weights_lie_there_once_and_stock_safetensors_loads_them(store):
+    model = Tied()
+    store.make_folder(FOLDER)
+    write_now(FORMAT, Snapshot({"model": model.state_dict()}), store, FOLDER)
+    place = store.root / FOLDER / "model.safetensors"
+    assert list(safetensors.torch.load_file(place)) == ["embedding.weight"]
+    other = Tied()
+    safetensors.torch.load_model(other, place)
+    assert torch.equal(other.head.weight, model.head.weight) and other.head.weight is other.embedding.weight
