@@ -41,13 +41,13 @@ class Arena:
         self.size_bytes = -(-size_bytes // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
         try:
-            self._map = mmap.mmap(-1, self.size_bytes + _HUGE_PAGE_BYTES, flags=flags)
+            mapped = mmap.mmap(-1, self.size_bytes + _HUGE_PAGE_BYTES, flags=flags)
         except (OSError, ValueError, OverflowError) as error:
             raise DistckptError(
                 f"a snapshot of this state needs {self.size_bytes / 1e6:.0f} MB of host memory, which the system does "
                 f"not give ({error}): say in arena_bytes= how much it may take, e.g. arena_bytes=1_000_000_000"
             ) from error
-        whole = torch.frombuffer(self._map, dtype=torch.uint8)
+        whole = torch.frombuffer(mapped, dtype=torch.uint8)  # unmapped with the last tensor that shows a part of it
         skipped = -whole.data_ptr() % _HUGE_PAGE_BYTES
         self.memory: Tensor = whole[skipped : skipped + self.size_bytes]
         self.address = self.memory.data_ptr()
