@@ -46,7 +46,13 @@ class Guard:
                     moments = optimizer.state.get(parameter)
                     if isinstance(moments, dict):  # some leave None for what another rank holds
                         tensors += [one for one in moments.values() if isinstance(one, Tensor)]
-        return {(tensor.data_ptr(), tensor.nbytes) for tensor in tensors}
+        places = set()
+        for tensor in tensors:
+            try:
+                places.add((tensor.data_ptr(), tensor.nbytes))
+            except RuntimeError:  # no memory of its own (sparse, nested): nobody copies that late
+                continue
+        return places
 
     def hold(self, modules: Iterable[nn.Module]) -> None:
         """``load_state_dict`` of these modules, and of any module in them, waits, too, until `let_go`. Not for ever:
