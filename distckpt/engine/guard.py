@@ -56,7 +56,8 @@ class Guard:
 
     def hold(self, modules: Iterable[nn.Module]) -> None:
         """``load_state_dict`` of these modules, and of any module in them, waits, too, until `let_go`. Not for ever:
-        a module that is pickled meanwhile would need this library to be read."""
+        a module that is pickled meanwhile would need this library to be read. Those held before are let go."""
+        self.let_go()
         for module in {id(one): one for root in modules for one in root.modules()}.values():
             if module._parameters:
                 handle = module.register_load_state_dict_pre_hook(_WaitBeforeLoad(self._wait))  # type: ignore[no-untyped-call]  # torch's own

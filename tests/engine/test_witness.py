@@ -1,0 +1,86 @@
+"""A witness tells whether a copy is what the tensor was when the copy was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from distckpt.engine.witness import Witness
+from distckpt.manifest import TensorEntry
+
+ENTRY = TensorEntry("model.safetensors", "weight", "F32", (256, 256))
+OFFSET = 4096
+
+
+class Scene:
+    """A tensor, the memory that it is copied to, and a witness from before."""
+
+    def __init__(self) -> None:
+        self.tensor = torch.rand(256, 256)
+        self.memory = torch.zeros(OFFSET + self.tensor.nbytes, dtype=torch.uint8)
+        self.witness = Witness.of(ENTRY, OFFSET, self.tensor, self.tensor.data_ptr(), self.tensor.nbytes)
+
+    def copy(self) -> None:
+        self.memory[OFFSET:].copy_(self.tensor.flatten().view(torch.uint8))
+
+    def was_changed(self) -> bool:
+        return self.witness.was_changed(self.memory.data_ptr())
+
+    def differs(self) -> bool:
+        return self.witness.differs(self.memory.data_ptr())
+
+
+@pytest.fixture
+def scene() -> Scene:
+    return Scene()
+
+
+def silently(tensor: Tensor, place: int) -> None:
+    """One byte of it changes, and nobody counts it."""
+    tensor.detach().flatten().view(torch.uint8).numpy()[place] ^= 1
+
+
+def test_a_faithful_copy_is_none(scene):
+    scene.copy()
+    assert not scene.was_changed() and not scene.differs()
+
+
+@pytest.mark.parametrize("place", [0, 255, -256, -1])
+def test_a_change_of_its_first_or_last_bytes_before_the_copy_is_found(place, scene):
+    silently(scene.tensor, place)
+    scene.copy()
+    assert scene.was_changed()
+
+
+@pytest.mark.parametrize("place", [0, 100_000, -1])
+def test_a_change_after_the_copy_is_found_where_every_byte_is_compared(place, scene):
+    scene.copy()
+    silently(scene.tensor, place)
+    assert scene.differs() and not scene.was_changed()
+
+
+CHANGES: list[Callable[[Tensor], object]] = [
+    lambda tensor: tensor[100].add_(1),
+    lambda tensor: tensor.detach()[100].zero_(),
+    lambda tensor: tensor.set_(torch.rand(256, 256)),
+    lambda tensor: tensor.resize_(2, 2),
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_counts_as_a_change_is_one_wherever_it_is(change, scene):
+    scene.copy()
+    change(scene.tensor)
+    assert scene.was_changed()
+
+
+def test_the_alias_that_a_state_dict_has_knows_of_changes_of_the_parameter():
+    parameter = torch.nn.Parameter(torch.rand(256, 256))
+    alias = parameter.detach()
+    witness = Witness.of(ENTRY, 0, alias, alias.data_ptr(), alias.nbytes)
+    with torch.no_grad():
+        parameter[100] += 1
+    assert witness.was_changed(alias.data_ptr())
