@@ -3,29 +3,50 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-_CGROUP = Path("/sys/fs/cgroup")
+_GROUPS = Path("/sys/fs/cgroup")
+_OWN_GROUP = Path("/proc/self/cgroup")
+
+# Of the two kinds of control groups: where they lie, how its line in _OWN_GROUP begins, and what its files are called.
+_KINDS = (
+    ("", "0::", "memory.max", "memory.current", ""),
+    ("memory", r"\d+:(?:\S+,)?memory(?:,\S+)?:", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+)
 
 
 def available_bytes() -> int:
-    """How much memory this process can still have, by the machine's and by its control group's own word."""
+    """How much memory this process can still have, by the word of the machine and of all its control groups."""
     found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
-    free = [int(found[1]) * 1024] if found else [1 << 62]
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        try:
-            free.append(int((_CGROUP / limit).read_text()) - int((_CGROUP / used).read_text()))
-        except (OSError, ValueError):  # no such group, or "max"
-            continue
-    return max(min(free), 0)
+    machine = int(found[1]) * 1024 if found else 1 << 62
+    return max(min([machine, *_left_in_groups()]), 0)
+
+
+def _left_in_groups() -> Iterator[int]:
+    own = _OWN_GROUP.read_text() if _OWN_GROUP.exists() else ""
+    for folder, line, limit, used, prefix in _KINDS:
+        path = re.search(rf"^{line}/?(.*)$", own, re.MULTILINE)
+        lowest = PurePosixPath(path[1] if path else "")
+        for group in (lowest, *lowest.parents):
+            try:
+                place = _GROUPS / folder / group
+                yield int((place / limit).read_text()) - int((place / used).read_text()) + _cached(place, prefix)
+            except (OSError, ValueError):  # no such group, or "max"
+                continue
+
+
+def _cached(group: Path, prefix: str) -> int:
+    """Bytes of files that the system keeps in mind for the time being."""
+    try:
+        told = (group / "memory.stat").read_text()
+    except OSError:
+        return 0
+    return sum(int(count) for count in re.findall(rf"^{prefix}(?:in)?active_file (\d+)$", told, re.MULTILINE))
 
 
 def expected_bytes(parts: Iterable[Any]) -> int:
