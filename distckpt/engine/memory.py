@@ -55,6 +55,8 @@ def expected_bytes(parts: Iterable[Any]) -> int:
     for part in parts:
         if isinstance(part, nn.Module):
             total += _bytes_in(part.state_dict())
+        elif isinstance(part, torch.optim.lr_scheduler.LRScheduler):
+            continue  # it has its optimizer, and saves nothing of it
         elif isinstance(optimizer := getattr(part, "optimizer", part), torch.optim.Optimizer):
             total += _bytes_in(list(optimizer.state.values())) or _moments_bytes(optimizer)
     return total
