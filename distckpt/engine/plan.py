@@ -87,7 +87,7 @@ class Plan:
                 self.small.append((offset, tensor))
             return
         is_late = False
-        if is_contiguous and count >= SMALL_BYTES and nth < len(image.entries):
+        if is_contiguous and count >= SMALL_BYTES and nth < len(image.entries) and not tensor.is_inference():
             address, entry = tensor.data_ptr(), image.entries[nth]
             if is_late := may_be_late(entry, (address, count)):
                 self.witnesses.append(Witness.of(entry, offset, tensor, address, count))
