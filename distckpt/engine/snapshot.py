@@ -123,8 +123,9 @@ class Staging:
         self._fail(ended)
         self._now.end(ended)
         self._late.end(ended)
+        self._transfer_now.end()
+        self._transfer_late.end()
         self._images, self._plan = (), Plan()
-        self._transfer_now = self._transfer_late = Transfer(())
 
     def _stage(self) -> None:
         if self._plan.texts or self._plan.small or self._plan.odd:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,23 +21,13 @@ class Transfer:
         for target, source in pairs:
             self._pairs.setdefault(source.device, []).append((target, source))
         self._events: dict[torch.device, Any] = {}
+        self._beginning = threading.Lock()
 
     def begin(self) -> None:
         """What was asked of the accelerators so far comes first, what is asked of them next may run beside it."""
-        for device, pairs in self._pairs.items():
-            accelerator = torch.get_device_module(device)
-            if not hasattr(accelerator, "Stream"):
-                for target, source in pairs:
-                    target.copy_(source)
-                continue
-            stream = accelerator.Stream(device)
-            stream.wait_stream(accelerator.current_stream(device))
-            with accelerator.stream(stream):
-                for target, source in pairs:
-                    target.copy_(source, non_blocking=True)
-                event = accelerator.Event()
-                event.record(stream)
-            self._events[device] = event
+        with self._beginning:
+            for device, pairs in self._pairs.items():
+                self._begin(device, pairs)
 
     def hold_back(self) -> None:
         """What is asked of the accelerators next, on the streams of this thread, comes after the copy."""
@@ -47,3 +38,25 @@ class Transfer:
         """All is copied."""
         for event in self._events.values():
             event.synchronize()
+
+    def end(self) -> None:
+        """No accelerator touches the memory any more, and none begins to."""
+        with self._beginning:
+            pairs, self._pairs = self._pairs, {}
+        self.wait()
+        del pairs  # not before, or others would be given the memory that is being read
+
+    def _begin(self, device: torch.device, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        accelerator = torch.get_device_module(device)
+        if not hasattr(accelerator, "Stream"):
+            for target, source in pairs:
+                target.copy_(source)
+            return
+        stream = accelerator.Stream(device)
+        stream.wait_stream(accelerator.current_stream(device))
+        with accelerator.stream(stream):
+            for target, source in pairs:
+                target.copy_(source, non_blocking=True)
+            event = accelerator.Event()
+            event.record(stream)
+        self._events[device] = event
