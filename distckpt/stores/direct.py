@@ -28,8 +28,8 @@ class Direct:
         store: how a message calls the store.
     """
 
-    def __init__(self, store: str) -> None:
-        self.is_refused = False
+    def __init__(self, store: str, *, is_refused: bool = False) -> None:
+        self.is_refused = is_refused
         self._store = store
         self._spare: list[Ring] = []
 
@@ -54,8 +54,7 @@ class Direct:
         """
         if error.errno not in _REFUSALS:
             raise error
-        if not self.is_refused:
-            _log.debug("%s: files go through the page cache, as O_DIRECT says: %s", self._store, error)
+        _log.debug("%s: files go through the page cache, as O_DIRECT says: %s", self._store, error)
         self.is_refused = True
 
     def take_ring(self) -> Ring:

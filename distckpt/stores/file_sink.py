@@ -26,10 +26,10 @@ class FileSink:
     the CPU. Like all else it is durable only after an fsync.
 
     Args:
-        direct: how; ``None`` where ``fd`` does not write from the start of its file.
+        direct: how; refused where ``fd`` does not write from the start of its file.
     """
 
-    def __init__(self, fd: int, place: Path, direct: Direct | None = None) -> None:
+    def __init__(self, fd: int, place: Path, direct: Direct) -> None:
         self._fd = fd
         self._place = place
         self._direct = direct
@@ -51,12 +51,11 @@ class FileSink:
 
     def _pages(self, piece: memoryview) -> int:
         """How many of its first bytes may pass the page cache by."""
-        if self._direct is None or self._direct.is_refused or (self._position | address_of(piece)) % ALIGNMENT:
+        if (self._position | address_of(piece)) % ALIGNMENT:
             return 0
         return len(piece) - len(piece) % ALIGNMENT
 
     def _write_direct(self, piece: memoryview) -> int:
-        assert self._direct is not None
         self._is_direct = self._is_direct or self._direct.turn_on(self._fd)
         if self._is_direct:
             try:
@@ -66,7 +65,7 @@ class FileSink:
         return self._write_cached(piece)
 
     def _write_cached(self, piece: memoryview) -> int:
-        if self._direct is not None and self._is_direct:
+        if self._is_direct:
             self._direct.turn_off(self._fd)
             self._is_direct = False
         return os.write(self._fd, piece)

@@ -60,7 +60,7 @@ class FileSource:
         """How many bytes of ``rest`` had been read ahead; none where that is not done, or is over."""
         if self._is_undecided and self._position + len(rest) > _FIRST_BYTES:
             self._is_undecided = False
-            if not self._direct.is_refused and not is_cached(self._fd, self.size_bytes):
+            if not is_cached(self._fd, self.size_bytes):
                 self._ahead = read_ahead(self._fd, self._position, self.size_bytes, direct=self._direct)
         if self._ahead is None:
             return 0

@@ -133,7 +133,7 @@ class LocalStore:
         fd = os.open(place, _ANY | os.O_WRONLY | os.O_APPEND, 0o666)
         try:
             _regular(fd, place)
-            FileSink(fd, place).write(data)
+            FileSink(fd, place, Direct(self.url, is_refused=True)).write(data)
         finally:
             os.close(fd)
 

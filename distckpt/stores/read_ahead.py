@@ -15,14 +15,14 @@ _SMALL_BYTES = 64 * 1024
 
 def read_ahead(fd: int, begin: int, end: int, *, direct: Direct) -> ReadAhead | None:
     """The bytes of an open file from ``begin`` to ``end``; ``None`` where they cannot be read so."""
+    if not direct.turn_on(fd):
+        return None
     try:
         ring = direct.take_ring()
     except OSError:
-        return None  # what memory there is, the file itself may need
-    if direct.turn_on(fd):
-        return ReadAhead(fd, begin, end, direct=direct, ring=ring)
-    direct.give_ring(ring)
-    return None
+        direct.turn_off(fd)  # what memory there is, the file itself may need
+        return None
+    return ReadAhead(fd, begin, end, direct=direct, ring=ring)
 
 
 class ReadAhead:
@@ -39,7 +39,6 @@ class ReadAhead:
         self._fd = fd
         self._direct = direct
         self._ring = ring
-        self._is_wanted = True
         self._empty: SimpleQueue[memoryview] = SimpleQueue()
         for block in ring.blocks:
             self._empty.put(block)
@@ -69,8 +68,7 @@ class ReadAhead:
 
     def close(self) -> None:
         """The thread has ended, the ring is given back, and ``fd`` is read through the page cache."""
-        self._is_wanted = False
-        self._empty.put(memoryview(b""))  # which it may be waiting for
+        self._empty.put(memoryview(bytearray()))  # into which it reads nothing, and so ends
         self._thread.join()
         self._direct.give_ring(self._ring)
         self._direct.turn_off(self._fd)
@@ -96,8 +94,6 @@ class ReadAhead:
             # After a short read no page begins where the next one would: the rest is not for us.
             while offset < end and offset % ALIGNMENT == 0:
                 block = self._empty.get()
-                if not self._is_wanted:
-                    return
                 pages = -(-(end - offset) // ALIGNMENT)
                 count = os.preadv(self._fd, [block[: pages * ALIGNMENT]], offset)
                 if count == 0:

@@ -63,7 +63,9 @@ class Reads:
 
     def __init__(self, monkeypatch):
         self.told: list[tuple[str, int]] = []
+        self.end = 0  # of all that it was asked for in the thread
         self.failures: dict[int, BaseException] = {}  # by where they happen
+        self.lengths: dict[int, int] = {}  # of reads that are short, likewise
         self._real = os.preadv
         monkeypatch.setattr(os, "preadv", self._preadv)
 
@@ -74,6 +76,9 @@ class Reads:
         if direct and offset in self.failures:
             raise self.failures[offset]
         self.told.append(("direct" if direct else "cached", offset))
+        if direct:
+            self.end = max(self.end, offset + len(buffers[0]))
+            buffers = [buffers[0][: self.lengths.get(offset)]]
         return self._real(fd, buffers, offset)
 
 
@@ -97,6 +102,7 @@ def test_a_file_on_the_disk_is_read_ahead_and_the_page_cache_stays_as_it_was(col
     assert content(cold) == CONTENT
     assert reads.told == [("direct", offset) for offset in range(0, len(CONTENT), BLOCK)]
     assert pages_in_cache(cold.root / "file") < 64
+    assert len(CONTENT) <= reads.end < len(CONTENT) + PAGE_BYTES, "nor is the disk asked for more"
 
 
 def test_a_file_in_the_page_cache_is_read_from_there(warm, reads):
@@ -229,6 +235,18 @@ def test_a_disk_that_refuses_the_read_itself_is_read_through_the_page_cache_from
     drop_from_cache(cold.root / "file")
     assert content(cold) == CONTENT
     assert {how for how, _ in reads.told} == {"cached"}, "nor is it tried again"
+
+
+@pytest.mark.parametrize("length", [4096, 512])
+def test_a_short_read_is_gone_on_with_and_is_no_refusal(cold, reads, length):
+    reads.lengths[BLOCK] = length
+    assert content(cold) == CONTENT
+    assert reads.told[2] == ("cached" if length % PAGE_BYTES else "direct", BLOCK + length)
+    reads.lengths.clear()
+    reads.told.clear()
+    drop_from_cache(cold.root / "file")
+    assert content(cold) == CONTENT
+    assert {how for how, _ in reads.told} == {"direct"}
 
 
 def test_a_disk_that_refuses_to_be_asked_is_read_through_the_page_cache(cold, reads, monkeypatch):
