@@ -24,7 +24,7 @@ ENGINE = {"arena", "copying", "guard", "memory", "plan", "snapshot", "stager", "
 HANDS = {
     *HANDS_WITHOUT_TORCH,
     *("formats.full", "formats.known", "formats.pth", "formats.safetensors_file", "formats.tree"),
-    *("formats.full_layout", "formats.safetensors_layout", "formats.savable"),
+    *("formats.full_layout", "formats.safetensors_layout", "formats.savable", "formats.form"),
     *("formats.tensor_pickle", "formats.zip_archive", "formats.zip_image"),
     *("formats.full_reading", "formats.safetensors_reading", "formats.filling", "formats.stand_ins"),
     *(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Sequence
+from functools import cache
 from typing import Literal
 
 import torch
@@ -116,10 +117,10 @@ class Stager:
         return on_device or torch.get_num_threads() < len(os.sched_getaffinity(0))
 
     def _lazy_plan(self, images: Sequence[Image]) -> Plan:
-        guarded = self._guard.guarded()
+        guarded = cache(self._guard.guarded)  # asked for once there is a tensor that is large enough
 
         def may_be_late(entry: TensorEntry, place: Place) -> bool:
-            return place in guarded and not (self._suspects and entry in self._suspects)
+            return place in guarded() and not (self._suspects and entry in self._suspects)
 
         plan = Plan.of(images, may_be_late=may_be_late)
         if plan.witnesses:

@@ -24,17 +24,22 @@ _DTYPES = {str(dtype): dtype for dtype in vars(torch).values() if isinstance(dty
 _ARRAYS = frozenset(map(np.dtype, "?bBhHiIlLefdFD"))  # the numbers that torch has too, in this machine's byte order
 
 
-def encode(value: Any, path: str) -> tuple[Any, dict[str, Tensor], dict[str, str]]:
+def encode(
+    value: Any, path: str, *, told: Callable[[Any], Any] | None = None
+) -> tuple[Any, dict[str, Tensor], dict[str, str]]:
     """``value`` as JSON; the tensors that it refers to, by key; and for keys that are no tensor's because another
     tensor has the same memory, that one's key. No tensor is copied, and nothing else refers to ``value``.
 
     A tensor's key is its place in ``value``, with dots: for the flat dict of a module these are the parameter names.
 
+    Args:
+        told: what stands there for the JSON of each value that is no tensor, container, or key.
+
     Raises:
         TypeError: naming the place, below ``path``, of a value that cannot be stored without a pickle, or of a tensor
             that cannot be stored whole.
     """
-    found = _Found(path)
+    found = _Found(path, told or _as_it_is)
     return _encode(value, "", found), found.tensors, found.aliases
 
 
@@ -69,8 +74,9 @@ def decode(value: Any, find: Callable[[Reference], Any]) -> Any:
 class _Found:
     """The tensors that were met so far."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, told: Callable[[Any], Any]) -> None:
         self.path = path
+        self.told = told
         self.tensors: dict[str, Tensor] = {}
         self.aliases: dict[str, str] = {}
         self._known: dict[int, dict[str, Tensor]] = {}  # by their address
@@ -113,27 +119,46 @@ def _encode(value: Any, place: str, found: _Found) -> Any:
     if isinstance(value, Tensor):
         return {_TENSOR: found.refer(value, place)}
     if value is None or type(value) in (bool, int, str):
-        return value
+        return found.told(value)
     if type(value) is float:
-        return value if math.isfinite(value) else {"$float": repr(value)}
-    if type(value) is dict and all(type(key) is str and not key.startswith("$") for key in value):
+        return found.told(value if math.isfinite(value) else {"$float": repr(value)})
+    if has_plain_keys(value):
         inside = f"{place}." if place else ""
         return {key: _encode(one, inside + key, found) for key, one in value.items()}
     if type(value) is list:
         return [_encode(one, _within(place, nth), found) for nth, one in enumerate(value)]
-    if type(value) in _CONTAINERS:
-        name, take_apart, _ = _CONTAINERS[type(value)]
+    if type(value) in CONTAINERS:
+        name, take_apart, _ = CONTAINERS[type(value)]
         return {name: [_encode(one, _within(place, nth), found) for nth, one in enumerate(take_apart(value))]}
     if isinstance(value, dict) and type(value) in (dict, OrderedDict, defaultdict, Counter):
         kind = {OrderedDict: "$ordered", Counter: "$counter"}.get(type(value), "$dict")
         pairs = value.items()
         return {
             kind: [
-                [_encode(key, _within(place, "key"), found), _encode(one, _within(place, key), found)]
+                [_encode_key(key, _within(place, "key"), found), _encode(one, _within(place, key), found)]
                 for key, one in pairs
             ]
         }
     return _encode_rarely(value, place, found)
+
+
+def has_plain_keys(value: Any) -> bool:
+    """Whether it is a dict that JSON can hold as one."""
+    return type(value) is dict and all(type(key) is str and not key.startswith("$") for key in value)
+
+
+def _encode_key(key: Any, place: str, found: _Found) -> Any:
+    if type(key) in (str, int):
+        return key
+    told, found.told = found.told, _as_it_is
+    try:
+        return _encode(key, place, found)
+    finally:
+        found.told = told
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
 
 
 def _within(place: str, key: object) -> str:
@@ -142,15 +167,15 @@ def _within(place: str, key: object) -> str:
 
 def _encode_rarely(value: Any, place: str, found: _Found) -> Any:
     if isinstance(value, (bytes, bytearray)):
-        return {"$bytes": base64.b64encode(value).decode()}
+        return found.told({"$bytes": base64.b64encode(value).decode()})
     if isinstance(value, np.generic) and value.dtype.kind in "biufU" and type(value.item()) in (bool, int, float, str):
         return _encode(value.item(), place, found)
     if isinstance(value, np.ndarray) and value.dtype in _ARRAYS and not isinstance(value, np.ma.MaskedArray):
         return {"$numpy": found.refer(torch.from_numpy(np.array(value, order="C")), place)}
     if isinstance(value, torch.dtype):
-        return {"$dtype": str(value)}
+        return found.told({"$dtype": str(value)})
     if isinstance(value, torch.device):
-        return {"$device": str(value)}
+        return found.told({"$device": str(value)})
     raise TypeError(
         f"{found.where(place)} is a {type(value).__module__}.{type(value).__qualname__}, which cannot be stored "
         "without a pickle: return numbers, strings, tensors, lists and dicts from state_dict()"
@@ -167,7 +192,7 @@ def _decode(value: Any, find: Callable[[Reference], Any]) -> Any:
     ((kind, inner),) = value.items()
     if kind in (_TENSOR, "$numpy"):
         return find(_reference(inner, is_array=kind == "$numpy"))
-    for name, _, put_together in _CONTAINERS.values():
+    for name, _, put_together in CONTAINERS.values():
         if kind == name:
             return put_together([_decode(one, find) for one in _listed(inner)])
     return _PUT_TOGETHER[kind](_decode(inner, find))
@@ -199,7 +224,7 @@ def _size(extents: list[Any]) -> torch.Size:
 
 
 # type: (name, to a list, from a list)
-_CONTAINERS: dict[type, tuple[str, Callable[[Any], Any], Callable[[list[Any]], Any]]] = {
+CONTAINERS: dict[type, tuple[str, Callable[[Any], Any], Callable[[list[Any]], Any]]] = {
     tuple: ("$tuple", list, tuple),
     torch.Size: ("$size", list, _size),
     set: ("$set", lambda value: sorted(value, key=repr), set),
