@@ -148,7 +148,7 @@ class _Pass:
 
     def _say(self, tensor: Tensor) -> tuple[Any, ...]:
         before = next(self._said_before, None)
-        address = _address(tensor)
+        address = tensor.data_ptr()  # raises where there can be no memory
         # This is the hot path. Memory somewhere, and a shape and dtype that were found to be savable: so it is.
         if before is not None and address and address not in self._records:
             dtype, shape, needs_gradient, record, _, _, told = before
@@ -192,13 +192,6 @@ class _Pass:
             return new
         self._views.setdefault(identity(self._tensors[first]), first)
         return self._views.setdefault(identity(tensor), new)
-
-
-def _address(tensor: Tensor) -> int:
-    try:
-        return tensor.data_ptr()
-    except (RuntimeError, ValueError):  # it has no memory, or no shape yet
-        return 0
 
 
 def _told(dtype: torch.dtype, shape: torch.Size, needs_gradient: bool, name: str) -> tuple[Any, ...]:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from distckpt.formats import tensor_pickle
 from distckpt.formats.tensor_pickle import TensorPickler
 
 DTYPES = sorted({one for one in vars(torch).values() if isinstance(one, torch.dtype)}, key=str)
@@ -72,7 +73,7 @@ def test_there_are_dtypes_of_both_kinds():
         {"lr": 0.1, "step": 7, "big": 1 << 80, "text": "ü", "bytes": b"\0", "none": None, "flag": True},
         OrderedDict(b=1, a=[2, (3, {4}), frozenset({5}), deque([6], 7)]),
         defaultdict(list, {1: [2]}),
-        [torch.float32, torch.device("cpu"), torch.Size([1, 2]), np.float32(1.5), np.arange(3)],
+        [1 + 2j, torch.float32, torch.device("cpu"), torch.Size([1, 2]), np.float32(1.5), np.arange(3)],
         nn.BatchNorm1d(3).state_dict(),
         nn.Linear(2, 3),
         {"parameter": nn.Parameter(torch.ones(2)), "frozen": nn.Parameter(torch.ones(2), requires_grad=False)},
@@ -118,16 +119,17 @@ def test_tensors_without_elements_are_never_tied():
 
 
 LATER = [
-    {"step": 8, "a": torch.zeros(3), "b": torch.zeros(2, 2), "c": torch.zeros(1)},
-    {"step": 300, "a": torch.zeros(3), "b": torch.zeros(2, 2), "c": torch.zeros(1)},
-    {"step": 7, "a": torch.zeros(3), "b": torch.zeros(4), "c": torch.zeros(1)},
-    {"step": 7, "a": torch.zeros(3), "b": torch.zeros(2, 2, dtype=torch.int32), "c": torch.zeros(1)},
-    {"step": 7, "a": torch.zeros(3, requires_grad=True), "b": torch.zeros(2, 2), "c": torch.zeros(1)},
-    {"step": 7, "a": nn.Parameter(torch.zeros(3)), "b": torch.zeros(2, 2), "c": torch.zeros(1)},
-    {"step": 7, "b": torch.zeros(2, 2), "c": torch.zeros(1)},
-    {"step": 7, "new": torch.zeros(3), "a": torch.zeros(3), "b": torch.zeros(2, 2), "c": torch.zeros(1)},
-    {"step": 7, "a": (tied := torch.zeros(3)), "b": tied.detach(), "c": torch.zeros(1)},
-    {"step": 7, "a": torch.zeros(0), "b": torch.zeros(2, 2), "c": torch.zeros(1)},
+    {"step": 8, "a": torch.zeros(3), "b": torch.zeros(2, 2), "c": torch.zeros(3)},
+    {"step": 300, "a": torch.zeros(3), "b": torch.zeros(2, 2), "c": torch.zeros(3)},
+    {"step": 7, "a": torch.zeros(3), "b": torch.zeros(4), "c": torch.zeros(3)},
+    {"step": 7, "a": torch.zeros(3), "b": torch.zeros(2, 2, dtype=torch.int32), "c": torch.zeros(3)},
+    {"step": 7, "a": torch.zeros(3, requires_grad=True), "b": torch.zeros(2, 2), "c": torch.zeros(3)},
+    {"step": 7, "a": nn.Parameter(torch.zeros(3)), "b": torch.zeros(2, 2), "c": torch.zeros(3)},
+    {"step": 7, "b": torch.zeros(2, 2), "c": torch.zeros(3)},
+    {"step": 7, "new": torch.zeros(3), "a": torch.zeros(3), "b": torch.zeros(2, 2), "c": torch.zeros(3)},
+    {"step": 7, "a": (tied := torch.zeros(3)), "b": tied.detach(), "c": torch.zeros(3)},
+    {"step": 7, "a": tied, "b": torch.zeros(2, 2), "c": tied.detach()},
+    {"step": 7, "a": torch.zeros(0), "b": torch.zeros(2, 2), "c": torch.zeros(3)},
     {},
 ]
 
@@ -135,11 +137,20 @@ LATER = [
 @pytest.mark.parametrize("later", LATER)
 def test_what_is_remembered_of_one_value_never_shows_in_the_next(later):
     pickler = TensorPickler()
-    first = {"step": 7, "a": torch.zeros(3), "b": torch.zeros(2, 2), "c": torch.zeros(1)}
+    first = {"step": 7, "a": torch.zeros(3), "b": torch.zeros(2, 2), "c": torch.zeros(3)}
     for value in (first, later, later, first):
         pickled = pickler.pickle(value)
         assert pickled.data == pickle_of_torch(value)
         assert pickled.sizes == [one.nbytes for one in pickled.tensors]
+
+
+def test_what_is_the_same_again_is_not_spelled_anew(monkeypatch):
+    spelled = []
+    monkeypatch.setattr(tensor_pickle, "_told", lambda *of, told=tensor_pickle._told: spelled.append(of) or told(*of))
+    pickler = TensorPickler()
+    value = {"a": nn.Parameter(torch.zeros(1)), "b": torch.zeros(2), "c": [torch.zeros(3)]}
+    assert pickler.pickle(value).data == pickler.pickle(value).data
+    assert [shape for _, shape, *_ in spelled] == [(1,), (2,), (3,), (1,)]  # the one inside of a parameter each time
 
 
 def test_a_refusal_is_forgotten():

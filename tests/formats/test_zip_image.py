@@ -271,6 +271,12 @@ def test_a_view_has_the_place_of_what_it_shows_only():
     assert [tensor.nbytes for _, tensor in image.tensors] == [40, 40] and image.size_bytes < 4096
 
 
+def test_tensors_without_elements_have_no_place():
+    image = lay_out([torch.zeros(0, 3), torch.ones(1), torch.ones(2)[:0]])
+    assert [tensor.nbytes for _, tensor in image.tensors] == [4]
+    assert [one.end - one.begin for one in image.sums][1:-1] == [4]
+
+
 @pytest.mark.parametrize(("elements", "alignment"), [(65_536, 4096), (65_535, 64)])
 def test_tensors_that_are_large_on_average_begin_on_pages(elements, alignment):
     image = lay_out([torch.zeros(elements), torch.zeros(elements)])
