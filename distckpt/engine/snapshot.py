@@ -85,6 +85,7 @@ class Staging:
     def let_change(self) -> None:
         """What it copies may be changed on return. Where somebody did so too early, all that was late is copied anew,
         as it is now."""
+        self._transfer_late.hold_back()  # whatever stream this thread works on, and whoever asked before
         if self._torn == [] or self._failure is not None:
             return
         began = time.monotonic()
@@ -146,6 +147,7 @@ class Staging:
         try:
             self._late.work()
             self._late.wait()
+            self._transfer_late.wait()
             self._judge()
         except Exception as error:  # whoever waits for it raises it
             self._fail(error)
@@ -155,7 +157,6 @@ class Staging:
         self._late.work()
         try:
             self._late.wait()
-            self._transfer_late.hold_back()
         except Exception as error:
             self._fail(error)
             return False
@@ -165,6 +166,8 @@ class Staging:
     def _judge(self) -> None:
         with self._changed:
             if self._torn is None:
+                if self._is_paranoid:
+                    self._transfer_late.wait()
                 self._torn = [one.entry for one in self._plan.witnesses if self._was_changed(one)]
                 self._changed.notify_all()
 

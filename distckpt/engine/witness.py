@@ -37,7 +37,8 @@ class Witness(NamedTuple):
     @classmethod
     def of(cls, entry: TensorEntry, offset: int, tensor: Tensor, address: int, count: int) -> Witness:
         """The tensor lies contiguous at that address, is larger than a sample, and goes to ``offset`` in the arena. Of
-        one on an accelerator no bytes are looked at: there the order of streams keeps writers behind the copy."""
+        one on an accelerator no bytes are looked at, as that would wait for it: a change that its version does not
+        count is found there by `differs` alone."""
         if not tensor.is_cpu:
             return cls(entry, offset, tensor, tensor._version, b"", b"")
         first, last = _read(address, _SAMPLE_BYTES), _read(address + count - _SAMPLE_BYTES, _SAMPLE_BYTES)
@@ -54,6 +55,5 @@ class Witness(NamedTuple):
 
     def differs(self, base: int) -> bool:
         """Whether it is not, now, what its copy is, byte by byte."""
-        if self.tensor.device.type != "cpu":
-            return self.tensor._version != self.version
-        return bool(_compare(self.tensor.data_ptr(), base + self.offset, self.tensor.nbytes))
+        here = self.tensor.detach().cpu()
+        return bool(_compare(here.data_ptr(), base + self.offset, here.nbytes))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
 
 import pytest
 import torch
+from engine.accelerators import Accelerator
 from torch import Tensor
 
 from distckpt.engine import transfer
@@ -64,55 +64,16 @@ def test_nothing_is_copied_after_its_end():
     assert not any(target.any() for target, _ in copied)
 
 
-class Device:
-    """An accelerator that notes what it is asked for, and copies when it is waited for."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-        self.is_ended = threading.Event()
-        note = self.notes.append
-
-        class Stream:
-            def __init__(self, _: object = None) -> None:
-                self.name = "side"
-
-            def wait_stream(self, other: Any) -> None:
-                note(f"{self.name} after {other.name}")
-
-            def wait_event(self, event: Any) -> None:
-                note(f"{self.name} after {event.name}")
-
-        class Event:
-            name = "the copy"
-
-            def record(self, stream: Any) -> None:
-                note(f"{self.name} on {stream.name}")
-
-            def synchronize(self) -> None:
-                note(f"host after {self.name}")
-
-        self.Stream, self.Event = Stream, Event
-        self._current = Stream()
-        self._current.name = "training"
-
-    def current_stream(self, _: object) -> Any:
-        return self._current
-
-    def stream(self, stream: Any) -> Any:
-        self.notes.append(f"asks {stream.name}")
-        return torch.no_grad()
-
-
 @pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch) -> Device:
-    device = Device()
+def device(monkeypatch: pytest.MonkeyPatch) -> Accelerator:
+    device = Accelerator()
     monkeypatch.setattr(transfer.torch, "get_device_module", lambda _: device)
     return device
 
 
 def test_the_copy_comes_after_what_was_asked_before_and_on_a_stream_of_its_own(device):
     Transfer(pairs("cpu")).begin()
-    assert device.notes == ["side after training", "asks side", "the copy on side"]
+    assert device.notes == ["side after training", "the copy on side"]
 
 
 def test_what_is_held_back_comes_after_the_copy(device):
