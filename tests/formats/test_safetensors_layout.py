@@ -12,7 +12,7 @@ from torch import Tensor
 
 from distckpt.formats import Image
 from distckpt.formats.safetensors_file import DTYPES
-from distckpt.formats.safetensors_layout import SafetensorsLayouts
+from distckpt.formats.safetensors_layout import lay_out
 
 
 def bits(tensors: dict[str, Tensor]) -> dict[str, tuple[str, list[int], bytes]]:
@@ -44,7 +44,7 @@ def of_every_dtype() -> dict[str, Tensor]:
 
 def test_stock_safetensors_reads_every_bit_of_ours(tmp_path):
     tensors = of_every_dtype()
-    image = SafetensorsLayouts().lay_out("model.safetensors", tensors, {})
+    image = lay_out("model.safetensors", tensors, {})
     (tmp_path / "model.safetensors").write_bytes(to_bytes(image))
     assert bits(safetensors.torch.load_file(tmp_path / "model.safetensors")) == bits(tensors)
 
@@ -53,7 +53,7 @@ def test_stock_safetensors_reads_every_bit_of_ours(tmp_path):
 def test_tensor_data_begin_on_a_4_kib_boundary_and_each_tensor_is_aligned(count):
     dtypes = list(DTYPES)
     tensors = {f"layer.{nth}.weight": torch.zeros(nth % 4, dtype=dtypes[nth % len(dtypes)]) for nth in range(count)}
-    data = to_bytes(SafetensorsLayouts().lay_out("model.safetensors", tensors, {}))
+    data = to_bytes(lay_out("model.safetensors", tensors, {}))
     begin = 8 + struct.unpack("<Q", data[:8])[0]
     assert begin % 4096 == 0
     for key, field in json.loads(data[8:begin]).items():
