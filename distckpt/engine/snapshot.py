@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -64,6 +64,7 @@ class Staging:
         self._measures: dict[str, float] = defaultdict(float, arena_bytes=arena.size_bytes, retakes=0)
         self._begun = threading.Event()
         self._changed = threading.Condition()
+        self._catching_up = threading.Lock()
         self._failure: Exception | None = None
         self._torn: list[TensorEntry] | None = None  # None: nobody has looked yet
         self._generation = 0
@@ -89,15 +90,13 @@ class Staging:
         if self._torn == [] or self._failure is not None:
             return
         began = time.monotonic()
-        if self._catch_up() and self._torn:
-            self._retake(self._torn)
+        self._catch_up(self._retake)
         self._measures["waited_seconds"] += time.monotonic() - began
 
     def settle(self) -> None:
         if self._torn == [] or self._failure is not None:
             return
-        if self._catch_up() and self._torn:
-            self._refuse(self._torn)
+        self._catch_up(self._refuse)
 
     # On the writer's thread
 
@@ -152,16 +151,18 @@ class Staging:
         except Exception as error:  # whoever waits for it raises it
             self._fail(error)
 
-    def _catch_up(self) -> bool:
-        """Whether all is copied; else it has failed, which is raised by the save, and never here."""
-        self._late.work()
-        try:
-            self._late.wait()
-        except Exception as error:
-            self._fail(error)
-            return False
-        self._judge()
-        return True
+    def _catch_up(self, correct: Callable[[Sequence[TensorEntry]], None]) -> None:
+        """All that was late is copied, and ``correct`` has done what is to be done where some of it was changed. What
+        goes wrong is raised by the save, and never here."""
+        with self._catching_up:  # several threads may take steps: each waits until it is right
+            try:
+                self._late.work()
+                self._late.wait()
+                self._judge()
+                if self._torn:
+                    correct(self._torn)
+            except Exception as error:
+                self._fail(error)
 
     def _judge(self) -> None:
         with self._changed:
@@ -177,9 +178,12 @@ class Staging:
 
     def _retake(self, torn: Sequence[TensorEntry]) -> None:
         again = Copy(self._memory, self._window_bytes, self._plan.late)
-        again.start(min(len(os.sched_getaffinity(0)), _MOST_THREADS) - 1)
-        again.work()
-        again.wait()
+        try:
+            again.start(min(len(os.sched_getaffinity(0)), _MOST_THREADS) - 1)
+            again.work()
+            again.wait()
+        finally:
+            again.end(DistckptError("it is over"))
         self._transfer_late.begin()
         self._transfer_late.hold_back()
         self._suspects.update(torn)

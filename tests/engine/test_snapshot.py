@@ -2,20 +2,158 @@
 
 from __future__ import annotations
 
+import signal
 import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from engine.accelerators import Accelerator
+from engine.trainings import Background, Save, Training, spelled
 
-from distckpt.engine import transfer
+from distckpt.engine import copying, plan, transfer
 from distckpt.engine.arena import Arena
 from distckpt.engine.plan import Plan
 from distckpt.engine.snapshot import Staging
+from distckpt.engine.stager import Stager
 from distckpt.engine.witness import Witness
+from distckpt.errors import DistckptError
 from distckpt.manifest import TensorEntry
+from distckpt.stores.local import LocalStore
 
 pytestmark = pytest.mark.timeout(60)
+
+
+# What goes wrong is raised by the write, and training goes on
+
+
+class Broken(RuntimeError):
+    pass
+
+
+@pytest.fixture
+def broken(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """What the threads of that name copy fails from now on."""
+    move = copying.move
+
+    def break_for(name: str) -> None:
+        def broken_move(target: int, source: int | bytes, count: int) -> None:
+            if threading.current_thread().name.startswith(name):
+                raise Broken("the memory is gone")
+            move(target, source, count)
+
+        for module in (copying, plan):
+            monkeypatch.setattr(module, "move", broken_move)
+
+    return break_for
+
+
+@pytest.fixture
+def torn(lazy: Stager, held: Any, tmp_path: Path) -> tuple[Training, Save]:
+    """A training that has changed a weight while it was being copied, and is about to take a step."""
+    training = Training()
+    save = Save(lazy, training.state(), tmp_path)
+    training.weight.data.add_(1)
+    return training, save
+
+
+def test_a_copy_that_fails_while_training_waits(broken, eager, tmp_path):
+    broken("MainThread")
+    training = Training()
+    save = Save(eager, training.state(), tmp_path)
+    training.step()
+    pytest.raises(Broken, save.write)
+
+
+def test_a_copy_that_fails_beside_training(broken, lazy, tmp_path):
+    broken("distckpt-copy")
+    training = Training()
+    save = Save(lazy, training.state(), tmp_path)
+    training.step()
+    pytest.raises(Broken, save.write)
+
+
+def test_a_copy_that_fails_in_the_barrier(broken, lazy, held, tmp_path):
+    training = Training()
+    save = Save(lazy, training.state(), tmp_path)
+    broken("MainThread")
+    training.step()
+    held.go.set()
+    pytest.raises(Broken, save.write)
+
+
+def test_a_copy_that_fails_when_it_is_taken_again(broken, torn):
+    training, save = torn
+    save.staged._late.work()
+    broken("")
+    training.step()
+    pytest.raises(Broken, save.write)
+
+
+def test_no_thread_can_be_started(lazy, tmp_path, monkeypatch):
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    training = Training()
+    lazy.reserve(1 << 20)
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", start)
+        save = Save(lazy, training.state(), tmp_path)
+    training.step()
+    with pytest.raises(RuntimeError, match="can't start"):
+        save.write()
+
+
+def test_who_interrupts_the_copy_is_heard_and_the_save_fails(eager, tmp_path, monkeypatch):
+    def interrupt(*_: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    saves: list[Staging] = []
+    take = eager.take
+    monkeypatch.setattr(eager, "take", lambda images: saves.append(take(images)) or saves[-1])
+    with monkeypatch.context() as patched:
+        patched.setattr(plan, "move", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            Save(eager, Training().state(), tmp_path)
+    with pytest.raises(DistckptError, match="the snapshot was interrupted"):
+        saves[0].write(LocalStore(tmp_path), "saved")
+
+
+def test_a_save_that_failed_leaves_the_next_one_whole(broken, lazy, tmp_path, monkeypatch):
+    training = Training()
+    with monkeypatch.context() as patched:
+        patched.setattr(copying, "move", lambda *_: 1 / 0)
+        pytest.raises(ZeroDivisionError, Save(lazy, training.state(), tmp_path).write)
+    save = Save(lazy, training.state(), tmp_path)
+    training.step()
+    assert spelled(save.saved()) == spelled(save.cut)
+
+
+# Taken again
+
+
+def test_while_one_thread_takes_it_again_no_other_takes_a_step(torn, monkeypatch):
+    training, save = torn
+    is_moving, may_go_on = threading.Event(), threading.Event()
+    move = copying.move
+
+    def slow_move(target: int, source: int | bytes, count: int) -> None:
+        is_moving.set()
+        assert may_go_on.wait(20)
+        move(target, source, count)
+
+    save.staged._late.work()
+    monkeypatch.setattr(copying, "move", slow_move)
+    first = Background(save.staged.let_change)
+    assert is_moving.wait(20)
+    second = Background(save.staged.let_change)
+    assert not second.ended(0.05)
+    may_go_on.set()
+    first.result()
+    second.result()
+    assert save.write().measures["retakes"] == 1
 
 
 # Beside an accelerator
@@ -36,8 +174,8 @@ class OnDevice:
         self.arena = Arena(self.tensor.nbytes)
         entry = TensorEntry("model.safetensors", "weight", "F32", (200, 200))
         witness = Witness(entry, 0, self.tensor, self.tensor._version, b"", b"")
-        plan = Plan(starts=[0, self.tensor.nbytes], late_odd=[(0, self.tensor)], witnesses=[witness])
-        self.staging = Staging([], plan, self.arena, set(), is_paranoid=is_paranoid)
+        on_device = Plan(starts=[0, self.tensor.nbytes], late_odd=[(0, self.tensor)], witnesses=[witness])
+        self.staging = Staging([], on_device, self.arena, set(), is_paranoid=is_paranoid)
 
     def judged(self) -> None:
         """Returns once somebody has looked whether it was changed."""
