@@ -679,6 +679,8 @@ def test_events_are_told_and_logged(out_dir, caplog):
         "write",
         "commit",
     }
+    seconds = {f"{phase}_seconds" for phase in ("stage", "waited", "fill", "hash", "write", "fsync")}
+    assert set(first["engine"]) == {"arena_bytes", "retakes", *seconds}
     assert "saved step-00000001 (interval)  blocked " in caplog.text and "loss 1" in caplog.text
 
 

@@ -43,7 +43,7 @@ def write_image(
 
     with store.create(place) as sink:
         for piece in pieces:
-            lap("stage")
+            lap("fill")
             sums.fill(piece)
             digest.update(piece)
             lap("hash")

@@ -66,8 +66,9 @@ class Written:
     """What one rank wrote: its files, and the tensors in them.
 
     Attributes:
-        measures: how many seconds it took to stage, and to hash, write and fsync (``hash_seconds``), and what else is
-            worth telling: ``arena_bytes``, ``waited_seconds`` of the optimizers, ``retakes``.
+        measures: ``stage_seconds`` of the training thread, ``waited_seconds`` of optimizers; of the writer's thread
+            ``fill_seconds``, in which it waited for the copy, ``hash_seconds``, ``write_seconds`` and ``fsync_seconds``;
+            ``arena_bytes``; ``retakes``, of what somebody changed too early.
     """
 
     files: tuple[FileEntry, ...] = ()
