@@ -61,7 +61,9 @@ class Staging:
         devices = [one for one in plan.odd if one[1].device.type != "cpu"]
         self._transfer_now = Transfer([(view(memory, *one), one[1]) for one in devices])
         self._transfer_late = Transfer([(view(memory, *one), one[1]) for one in plan.late_odd])
-        self._measures: dict[str, float] = defaultdict(float, arena_bytes=arena.size_bytes, retakes=0, waited_seconds=0.0)
+        self._measures: dict[str, float] = defaultdict(
+            float, arena_bytes=arena.size_bytes, retakes=0, waited_seconds=0.0
+        )
         self._begun = threading.Event()
         self._changed = threading.Condition()
         self._catching_up = threading.Lock()

@@ -67,7 +67,7 @@ class Written:
 
     Attributes:
         measures: ``stage_seconds`` of the training thread, ``waited_seconds`` of optimizers; of the writer's thread
-            ``fill_seconds``, in which it waited for the copy, ``hash_seconds``, ``write_seconds`` and ``fsync_seconds``;
+            ``fill_seconds``, in which it waited for the copy, ``hash_seconds``, ``write_seconds``, ``fsync_seconds``;
             ``arena_bytes``; ``retakes``, of what somebody changed too early.
     """
 

@@ -65,7 +65,7 @@ def test_every_second_is_of_one_phase(tmp_path):
 
     data = memory(1_000_000)
     write_image(image_of(data), cut(data, [300_000]), LocalStore(tmp_path), "file", spend)
-    assert set(spent) == {"stage", "hash", "write", "fsync"} and all(spent.values())
+    assert set(spent) == {"fill", "hash", "write", "fsync"} and all(spent.values())
 
 
 SUMS = st.lists(st.tuples(st.integers(0, 900), st.integers(0, 300), st.integers(0, 2)), max_size=5)
