@@ -14,11 +14,11 @@ from torch.utils.data import DataLoader
 from contenders import Contender
 
 
-class MMEngineHook:
+class MMEngineHook(Contender):
     package = "mmengine"
 
     def open(self, directory: Path, model: nn.Module, optimizer: Optimizer) -> None:
-        self.directory = directory
+        super().open(directory, model, optimizer)
         self.runner = Runner(
             model,
             work_dir=str(directory),
@@ -27,6 +27,7 @@ class MMEngineHook:
             optim_wrapper=OptimWrapper(optimizer),
             param_scheduler=[],
             default_hooks={"checkpoint": {"type": "CheckpointHook", "interval": 1}},
+            log_level="ERROR",
         )
         self.hook = next(hook for hook in self.runner.hooks if isinstance(hook, CheckpointHook))
         self.runner.call_hook("before_train")
@@ -36,14 +37,11 @@ class MMEngineHook:
         self.runner.train_loop._epoch = step - 1
         self.hook.after_train_epoch(self.runner)
 
-    def wait(self) -> None:
-        """It is done when `save` returns."""
+    def restore(self, step: int) -> None:
+        self.runner.resume(str(self.path(step)))
 
-    def delete(self, step: int) -> None:
-        (self.directory / f"epoch_{step}.pth").unlink()
-
-    def close(self) -> None:
-        """It holds nothing."""
+    def path(self, step: int) -> Path:
+        return self.directory / f"epoch_{step}.pth"
 
 
 contender: Contender = MMEngineHook()

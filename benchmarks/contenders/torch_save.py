@@ -5,38 +5,33 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import nn
-from torch.optim import Optimizer
+from files import fsync
 
-from contenders import Contender, fsync
+from contenders import Contender
 
 
-class TorchSave:
+class TorchSave(Contender):
     package = "torch"
 
-    def __init__(self, *, durable: bool = False) -> None:
-        self.durable = durable
-
-    def open(self, directory: Path, model: nn.Module, optimizer: Optimizer) -> None:
-        self.directory, self.model, self.optimizer = directory, model, optimizer
+    def __init__(self, *, is_durable: bool = False, mmap: bool = False) -> None:
+        self.is_durable, self.mmap = is_durable, mmap
 
     def save(self, step: int) -> None:
         draft = self.directory / "draft"
         torch.save({"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}, draft)
-        if self.durable:
+        if self.is_durable:
             fsync(draft)
-        draft.replace(self.directory / f"{step}.pt")
-        if self.durable:
+        draft.replace(self.path(step))
+        if self.is_durable:
             fsync(self.directory)
 
-    def wait(self) -> None:
-        """It is done when `save` returns."""
+    def restore(self, step: int) -> None:
+        state = torch.load(self.path(step), weights_only=True, mmap=self.mmap)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
 
-    def delete(self, step: int) -> None:
-        (self.directory / f"{step}.pt").unlink()
-
-    def close(self) -> None:
-        """It holds nothing."""
+    def path(self, step: int) -> Path:
+        return self.directory / f"{step}.pt"
 
 
 contender: Contender = TorchSave()

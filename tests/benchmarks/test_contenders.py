@@ -1,0 +1,68 @@
+"""Every contender saves what it says it saves, whatever training does next, and restores it."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import contenders
+import pytest
+import torch
+import workloads
+from contenders import Contender
+from workloads import Workload
+
+# Two start a process of their own that imports torch; Lightning takes as long to import.
+pytestmark = pytest.mark.timeout(240)
+
+
+def train(workload: Workload, contender: Contender | None = None) -> None:
+    workload.loss().backward()
+    if contender is not None:
+        contender.before_optimizer()
+    workload.optimizer.step()
+    workload.after_step()
+    workload.optimizer.zero_grad(set_to_none=False)
+
+
+def save_twice_and_restore_the_first(_: int, name: str, directory: Path) -> str | None:
+    """What is not installed, if something is not."""
+    try:
+        contender, _ = contenders.load(name)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if importlib.util.find_spec(package) is not None:
+            raise
+        return package
+    workload = workloads.load("tiny")
+    train(workload)
+    contender.open(directory, workload.model, workload.optimizer)
+    contender.save(1)
+    saved = [tensor.clone() for tensor in workload.tensors()]
+    train(workload, contender)
+    contender.wait()
+    assert not any(map(torch.equal, workload.tensors(), saved))
+    contender.save(2)
+    contender.before_optimizer()
+    contender.wait()
+    contender.restore(1)
+    assert all(map(torch.equal, workload.tensors(), saved))
+    contender.delete(1)
+    assert contender.path(2).exists() and not contender.path(1).exists()
+    contender.close()
+    return None
+
+
+@pytest.mark.parametrize("name", contenders.names())
+def test_what_is_saved_is_what_is_restored(name: str, run_ranks: Any, tmp_path: Path) -> None:
+    # In a process of its own: some leave threads, processes and words in the environment behind.
+    (absent,) = run_ranks(1, save_twice_and_restore_the_first, name, tmp_path, seconds=200)
+    if absent is not None:
+        pytest.skip(f"{absent} is not installed: it comes with the extra 'bench'")
+
+
+def test_every_contender_says_what_it_is() -> None:
+    for name in contenders.names():
+        first = (Path(contenders.__path__[0]) / f"{name}.py").read_text().partition("\n")[0]
+        assert first.startswith('"""') and first.endswith('"""'), name
