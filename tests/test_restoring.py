@@ -256,3 +256,17 @@ def test_an_error_that_may_pass_while_it_is_read_says_that_the_state_holds_a_par
     told = two_saves.restore(live.fit)
     assert [type(one) for one in told] == [RankFailure] * 2 and not any(fit.is_applied for _, fit in live.fits)
     assert "read of step-00000002, of which the state holds a part now, failed: rank 1: OSError" in str(told[0])
+
+
+def test_what_cannot_be_put_in_on_one_rank_is_raised_on_all(two_saves):
+    live = Live()
+
+    def fit(snapshot: Snapshot, record: Record) -> Into:
+        into = live.fit(snapshot, record)
+        if snapshot.own["rng"]["rank"] == 1:
+            into.apply = lambda: 1 / 0
+        return into
+
+    told = two_saves.restore(fit)
+    assert [type(one) for one in told] == [RankFailure] * 2
+    assert "load of step-00000002 failed: rank 1: ZeroDivisionError" in str(told[0])

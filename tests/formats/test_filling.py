@@ -106,6 +106,13 @@ def test_many_small_tensors_are_read_together():
     assert source.calls == 1
 
 
+def test_more_small_tensors_than_are_read_at_once_are_read_in_turn():
+    data = os.urandom(1000 * 16_384)
+    targets = [torch.zeros(16_384, dtype=torch.uint8) for _ in range(1000)]
+    assert filled(data, *((16_384, [one]) for one in targets)).calls > 1
+    assert b"".join(map(bits, targets)) == data
+
+
 def test_a_large_tensor_is_read_where_it_lies_and_nothing_else_takes_its_memory(monkeypatch):
     data = os.urandom(5 * LARGE)
     into = torch.zeros(len(data), dtype=torch.uint8)

@@ -172,6 +172,8 @@ def test_a_file_of_another_checkpoint_in_its_place_is_found(store):
         {"model": {"file": "model.safetensors", "prefix": None, "state": {}}},
         {"model": {"file": "model.safetensors", "prefix": "", "state": {"w": {"$tensor": "elsewhere"}}}},
         {"model": {"file": "../other/model.safetensors", "prefix": "", "state": {"w": {"$tensor": "w"}}}},
+        {"model": {"file": "model.safetensors", "prefix": "", "state": {"$tensor": ["0.bias", "torch.int64", [2]]}}},
+        {"model": {"file": "model.safetensors", "prefix": "", "state": {"$numpy": ["0.bias", "torch.int64", [2]]}}},
         {"model": {"file": "model.safetensors", "prefix": ""}},
         [],
     ],
