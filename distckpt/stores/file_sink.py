@@ -22,8 +22,8 @@ _LEAST_DIRECT_BYTES = 64 * 1024
 class FileSink:
     """Writes to ``fd``; see `distckpt.stores.Sink`.
 
-    What lies in memory and will lie in the file on pages of its own passes the page cache by, which costs a tenth of
-    the CPU. Like all else it is durable only after an fsync.
+    What lies in memory and will lie in the file on pages of its own passes the page cache by, which costs a twentieth
+    of the CPU. Like all else it is durable only after an fsync.
 
     Args:
         direct: how; refused where ``fd`` does not write from the start of its file.
