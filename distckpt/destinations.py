@@ -36,7 +36,7 @@ class IntoModule:
         self._taken: dict[int, Tensor] = {}
 
     def take(self, key: str, found: Any) -> bool:
-        """``found`` is to be under ``key``; whether it goes straight to where it is."""
+        """``found``, of the right shape, is to be under ``key``; whether it is read straight into what is there."""
         tensor = self._tensors.get(key)
         if tensor is None or not is_stand_in(found) or not self._is_live(key, tensor, found):
             self._state[key] = self._memory.replaced(found)
@@ -57,7 +57,7 @@ class IntoModule:
         the checkpoint's tensors goes to the same memory."""
         shown = self._live[key]
         is_shown = isinstance(shown, Tensor) and shown.data_ptr() == tensor.data_ptr() and shown.dtype == tensor.dtype
-        if not is_shown or tensor.dtype != found.dtype or tensor.shape != found.shape:
+        if not is_shown or tensor.dtype != found.dtype:
             return False
         return self._taken.setdefault(tensor.data_ptr(), found) is found or not tensor.numel()
 

@@ -144,7 +144,7 @@ def match(parts: Parts, snapshot: Snapshot, selection: Selection, *, strict: boo
     has_rng = is_same_world and RNG in snapshot.own and selection.takes_part(RNG)
     if selection.only is not None and report.is_whole and not report.loaded and not has_rng:
         raise StateMismatch(f"only= takes nothing: {', '.join(selection.only)}; there are {', '.join(live)}")
-    rng_state = memory.replaced(snapshot.own[RNG]) if has_rng else None
+    rng_state = snapshot.own[RNG] if has_rng else None
     targets = [*(pair for one in into for pair in one.targets), *memory.targets]
     return Matched(parts, ready, targets, rng_state, report)
 
