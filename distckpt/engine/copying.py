@@ -64,7 +64,7 @@ class Copy:
     """
 
     def __init__(self, memory: Tensor, window_bytes: int, pieces: Iterable[Piece]) -> None:
-        self._memory = memory  # which is there for as long as somebody may copy into it
+        self._memory: Tensor | None = memory  # which is there for as long as somebody may copy into it
         self._base = memory.data_ptr()
         self._window_bytes = window_bytes
         self._pieces = deque(pieces)
@@ -104,10 +104,12 @@ class Copy:
             self._changed.notify_all()
 
     def end(self, error: Exception) -> None:
-        """As `fail`; and no thread touches the memory any more."""
+        """As `fail`; and no thread touches the memory any more, which is let go."""
         self.fail(error)
         with self._changed:
             self._changed.wait_for(lambda: not self._working)
+            self._pieces.clear()
+            self._memory = None
 
     def free(self, blocks: int) -> None:
         """The first so many blocks are not needed any more."""

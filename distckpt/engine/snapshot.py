@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from distckpt.engine.arena import Arena
 from distckpt.engine.copying import BLOCK_BYTES, Copy
@@ -103,7 +104,8 @@ class Staging:
     # On the writer's thread
 
     def write(self, store: Store, path: str) -> Written:
-        places = [f"{path}/{image.path}" if image.path else path for image in self._images]
+        images, starts = self._images, self._plan.starts
+        places = [f"{path}/{image.path}" if image.path else path for image in images]
         while True:
             generation = self._generation
             self._begun.wait()
@@ -112,10 +114,10 @@ class Staging:
             self._transfer_late.wait()
             entries = [
                 write_image(image, self._pieces(image, start), store, place, self._spend)
-                for image, start, place in zip(self._images, self._plan.starts, places, strict=False)
+                for image, start, place in zip(images, starts, places, strict=False)
             ]
             if self._is_whole(generation):
-                tensors = tuple(entry for image in self._images for entry in image.entries)
+                tensors = tuple(entry for image in images for entry in image.entries)
                 return Written(tuple(entries), tensors, dict(self._measures))
             for place in places:
                 store.delete(place)
@@ -127,11 +129,13 @@ class Staging:
         self._late.end(ended)
         self._transfer_now.end()
         self._transfer_late.end()
-        self._images, self._plan = (), Plan()
+        with self._changed:
+            self._images, self._plan, self._memory = (), Plan(), torch.empty(0, dtype=torch.uint8)
 
     def _stage(self) -> None:
-        if self._plan.texts or self._plan.small or self._plan.odd:
-            self._plan.scatter(self._memory)
+        memory, plan = self._held()
+        if plan.texts or plan.small or plan.odd:
+            plan.scatter(memory)
         self._transfer_now.begin()
         self._transfer_late.begin()
         self._begun.set()
@@ -179,7 +183,8 @@ class Staging:
         return one.was_changed(base) or (self._is_paranoid and one.differs(base))
 
     def _retake(self, torn: Sequence[TensorEntry]) -> None:
-        again = Copy(self._memory, self._window_bytes, self._plan.late)
+        memory, plan = self._held()
+        again = Copy(memory, self._window_bytes, plan.late)
         try:
             again.start(min(len(os.sched_getaffinity(0)), _MOST_THREADS) - 1)
             again.work()
@@ -231,6 +236,11 @@ class Staging:
             place = at % self._window_bytes
             yield memoryview(self._memory[place : place + stop - at].numpy())  # type: ignore[arg-type]  # it is a buffer
             at = stop
+
+    def _held(self) -> tuple[Tensor, Plan]:
+        """What is copied where: both, or neither any more. The writer's thread may give them up at any time."""
+        with self._changed:
+            return self._memory, self._plan
 
     def _spend(self, phase: str, seconds: float) -> None:
         self._measures[f"{phase}_seconds"] += seconds
