@@ -58,6 +58,7 @@ class Staging:
         is_bounded = plan.starts[-1] > arena.size_bytes
         self._window_bytes = (arena.size_bytes // BLOCK_BYTES if is_bounded else blocks) * BLOCK_BYTES
         self._now = Copy(arena.memory, self._window_bytes, plan.now)
+        plan.now = []  # each piece goes with its copy, as it may hold one of its whole tensor
         self._late = Copy(arena.memory, self._window_bytes, plan.late)
         devices = [one for one in plan.odd if one[1].device.type != "cpu"]
         self._transfer_now = Transfer([(view(memory, *one), one[1]) for one in devices])
