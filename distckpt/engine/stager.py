@@ -105,8 +105,11 @@ class Stager:
             self._guard.let_go()
 
     def close(self) -> None:
-        """The memory is given back, and nobody waits for it any more. Safe to call twice."""
+        """The memory is given back, and nobody waits for it any more; what was not written is given up. Safe to call
+        twice."""
         self._guard.close()
+        if self._current is not None:
+            self._current.release()
         if self._arena is not None:
             self._arena.close()
         self._arena = self._current = None
