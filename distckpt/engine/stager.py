@@ -60,7 +60,7 @@ class Stager:
             DistckptError: where the system gives none.
         """
         if self._arena is not None:
-            if self._arena.size_bytes >= min(size_bytes, self._limit_bytes or size_bytes):
+            if self._arena.size_bytes >= self._bounded(size_bytes):
                 return
             self._arena.close()
             self._arena = None
@@ -73,7 +73,7 @@ class Stager:
                 *(wanted / 1e9, available_bytes() / 1e9, self._limit_bytes / 1e9),
             )
         if self._limit_bytes is not None and wanted > self._limit_bytes:
-            wanted = max(self._limit_bytes // BLOCK_BYTES * BLOCK_BYTES, LEAST_ARENA_BYTES)
+            wanted = self._bounded(size_bytes)
         _log.info("snapshots take %.2f GB of host memory, of %.2f GB free", wanted / 1e9, available_bytes() / 1e9)
         self._arena = Arena(wanted, is_pinned=is_pinned)
 
@@ -113,6 +113,12 @@ class Stager:
         if self._arena is not None:
             self._arena.close()
         self._arena = self._current = None
+
+    def _bounded(self, size_bytes: int) -> int:
+        """How much memory a state of so many bytes may have: all that it needs, or so many blocks."""
+        if self._limit_bytes is None or size_bytes <= self._limit_bytes:
+            return size_bytes
+        return max(self._limit_bytes // BLOCK_BYTES * BLOCK_BYTES, LEAST_ARENA_BYTES)
 
     def _is_lazy(self, *, on_device: bool) -> bool:
         if self._mode != "auto":

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,6 @@ from distckpt.formats import Format, Snapshot, Written
 from distckpt.formats.full import FORMAT
 from distckpt.manifest import Manifest
 from distckpt.progress import Progress
-from distckpt.stores import Store
 from distckpt.stores.local import LocalStore
 
 WIDTH = 160  # squared, in float32, that is 100 KiB: more than what is small
@@ -79,7 +80,7 @@ class Save:
         folder: Path,
         *,
         format: Format = FORMAT,
-        store: Store | None = None,
+        store: Any = None,
         is_written: bool = False,
     ) -> None:
         self._format = format
@@ -90,8 +91,8 @@ class Save:
             (self._local.delete_folder if format.is_folder else self._local.delete)(self._place)
         if format.is_folder:
             self._local.make_folder(self._place)
-        self.cut = copy.deepcopy(state)
         self.staged: Staging = stager.take(format.lay_out(Snapshot(state), 0))
+        self.cut = copy.deepcopy(state)
         self.late = {one.entry.key for one in self.staged._plan.witnesses}
         self.writing = Background(self._write) if is_written else None
         self.staged.stage()
@@ -116,6 +117,38 @@ class Save:
             return self.staged.write(self._store, self._place)
         finally:
             self.staged.release()
+
+
+class Minded:
+    """A store that asks before each write to a file: it may wait, or raise.
+
+    Attributes:
+        operations: what it has done, in this order: ``"create saved/state.json"``.
+    """
+
+    def __init__(self, folder: Path, before_write: Callable[[int], object] = lambda _: None) -> None:
+        self.operations: list[str] = []
+        self._store = LocalStore(folder)
+        self._before_write = before_write
+        self._writes = 0
+
+    @contextmanager
+    def create(self, path: str) -> Iterator[Minded]:
+        with self._store.create(path) as self._sink:
+            yield self
+        self.operations.append(f"create {path}")
+
+    def write(self, data: memoryview) -> None:
+        self._before_write(self._writes)
+        self._writes += 1
+        self._sink.write(data)
+
+    def delete(self, path: str) -> None:
+        self._store.delete(path)
+        self.operations.append(f"delete {path}")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
 
 
 class Background:
@@ -158,5 +191,5 @@ def spelled(value: Any) -> Any:
 
 def bits(tensor: Tensor) -> bytes:
     """The elements, in their order, as they lie in memory."""
-    plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
-    return plain.view(torch.uint8).numpy().tobytes() if plain.numel() else b""
+    plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    return ctypes.string_at(plain.data_ptr(), plain.nbytes) if plain.numel() else b""
