@@ -12,7 +12,8 @@ from torch import Tensor
 
 from distckpt.engine.copying import SMALL_BYTES, Piece, cut, move
 from distckpt.engine.guard import Place
-from distckpt.engine.witness import Witness
+from distckpt.engine.witness import Witness, is_there
+from distckpt.errors import DistckptError
 from distckpt.formats import Image
 from distckpt.manifest import TensorEntry
 
@@ -91,8 +92,10 @@ class Plan:
             address, entry = tensor.data_ptr(), image.entries[nth]
             if is_late := may_be_late(entry, (address, count)):
                 self.witnesses.append(Witness.of(entry, offset, tensor, address, count))
-        if is_plain:
-            (self.late if is_late else self.now).extend(cut(offset, count, tensor.data_ptr))
+        if is_plain and is_late:
+            self.late += cut(offset, count, _Live(tensor, image.entries[nth]))
+        elif is_plain:
+            self.now += cut(offset, count, tensor.data_ptr)
         else:
             (self.late_odd if is_late else self.odd).append((offset, tensor))
 
@@ -118,6 +121,23 @@ class _Text:
 
     def __call__(self) -> int:
         return ctypes.cast(ctypes.c_char_p(self._text), ctypes.c_void_p).value or 0
+
+
+class _Live:
+    """Where a tensor lies, while training may give it other memory."""
+
+    def __init__(self, tensor: Tensor, entry: TensorEntry) -> None:
+        self._tensor = tensor
+        self._shape = tensor.shape
+        self._entry = entry
+
+    def __call__(self) -> int:
+        if self._tensor.shape != self._shape or not is_there(self._tensor):
+            raise DistckptError(
+                f"{self._entry.key} of {self._entry.file} was given other memory while it was being copied: "
+                "wait_staged() is to be called before"
+            )
+        return self._tensor.data_ptr()
 
 
 class _Contiguous:

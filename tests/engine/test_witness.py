@@ -84,3 +84,10 @@ def test_the_alias_that_a_state_dict_has_knows_of_changes_of_the_parameter():
     with torch.no_grad():
         parameter[100] += 1
     assert witness.was_changed(alias.data_ptr())
+
+
+@pytest.mark.parametrize("left", [0, 100])
+def test_a_tensor_whose_memory_was_taken_away_differs(left, scene):
+    scene.copy()
+    scene.tensor.untyped_storage().resize_(left)
+    assert scene.differs()

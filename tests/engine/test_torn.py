@@ -1,0 +1,463 @@
+"""Whoever changes a tensor that is being copied waits, is found out, or changes what was copied already.
+
+Each writer of the table in the research stands in one of the lists below.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from engine.trainings import WIDTH, Save, Training, adam, bits, spelled
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from distckpt import Checkpointer
+from distckpt.engine.stager import Stager
+from distckpt.errors import DistckptError
+
+pytestmark = pytest.mark.timeout(60)
+
+
+def optimizer(kind: str, **words: Any) -> Callable[[Any], torch.optim.Optimizer]:
+    return lambda parameters: getattr(torch.optim, kind)(parameters, **words)
+
+
+KINDS = ("Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop")
+OPTIMIZERS = {
+    **{kind: optimizer(kind, foreach=False) for kind in KINDS},
+    **{f"{kind} foreach": optimizer(kind, foreach=True) for kind in KINDS},
+    **{f"{kind} fused": optimizer(kind, fused=True) for kind in ("Adagrad", "Adam", "AdamW")},
+    "Adam amsgrad fused": optimizer("Adam", amsgrad=True, fused=True),
+    "SGD": optimizer("SGD", lr=0.1),
+    "SGD momentum": optimizer("SGD", lr=0.1, momentum=0.9, foreach=False),
+    "SGD momentum foreach": optimizer("SGD", lr=0.1, momentum=0.9, foreach=True),
+    "SGD momentum fused": optimizer("SGD", lr=0.1, momentum=0.9, fused=True),
+    "RMSprop momentum": optimizer("RMSprop", momentum=0.9),
+    "Muon": optimizer("Muon"),
+    "LBFGS": optimizer("LBFGS", lr=0.1, max_iter=2),
+}
+
+
+def saved_beside(save: Save, change: Callable[[], object], training: Training) -> bool:
+    """Whether what was saved is what there was before ``change``, and that changed something that is copied late."""
+    assert save.late
+    change()
+    assert spelled(training.state()) != spelled(save.cut)
+    return spelled(save.saved()) == spelled(save.cut)
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_an_optimizer_waits(kind, lazy, held, tmp_path):
+    training = Training(OPTIMIZERS[kind])
+    training.closure()
+    save = Save(lazy, training.state(), tmp_path)
+    assert saved_beside(save, training.step, training)
+    assert held.begun == 1 and save.late >= {"weight"}
+
+
+def test_an_optimizer_of_ones_own_waits(lazy, held, tmp_path):
+    class Sign(torch.optim.Optimizer):
+        def __init__(self, parameters):
+            super().__init__(parameters, {"lr": 0.1})
+
+        @torch.no_grad()
+        def step(self, closure=None):
+            for parameter in self.param_groups[0]["params"]:
+                parameter.data.sub_(parameter.grad.sign(), alpha=0.1)
+
+    training = Training(Sign)
+    assert saved_beside(Save(lazy, training.state(), tmp_path), training.step, training)
+
+
+def test_optimizers_in_a_backward_wait(lazy, held, tmp_path):
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH, bias=False), nn.Linear(WIDTH, WIDTH, bias=False))
+    training = Training(model=model)
+    each = {one: adam([one], fused=True) for one in model.parameters()}
+
+    def step(parameter: nn.Parameter) -> None:
+        each[parameter].step()
+        parameter.grad = None
+
+    for one in model.parameters():
+        one.register_post_accumulate_grad_hook(step)
+    training.backward()
+
+    def state() -> dict[str, Any]:
+        return {"model": model.state_dict(), **{f"of_{n}": one.state_dict() for n, one in enumerate(each.values())}}
+
+    save = Save(lazy, state(), tmp_path)
+    assert save.late == {"0.weight", "1.weight", "state.0.exp_avg", "state.0.exp_avg_sq"}
+    training.backward()
+    assert spelled(state()) != spelled(save.cut)
+    assert spelled(save.saved()) == spelled(save.cut)
+
+
+def test_an_optimizer_under_a_scaler_waits(lazy, held, tmp_path):
+    training = Training(lambda parameters: adam(parameters, fused=True))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4)
+
+    def step() -> None:
+        training.optimizer.zero_grad()
+        scaler.scale(training.model(training.batch).square().mean()).backward()
+        scaler.unscale_(training.optimizer)
+        scaler.step(training.optimizer)
+        scaler.update()
+
+    step()
+    assert saved_beside(Save(lazy, training.state(), tmp_path), step, training)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_the_first_of_several_optimizers_waits_for_what_all_change(first, lazy, held, tmp_path):
+    pair = Training(), Training(lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9))
+    state = {f"{name}_{nth}": one.state()[name] for nth, one in enumerate(pair) for name in ("model", "optimizer")}
+    save = Save(lazy, state, tmp_path)
+    pair[first].step()
+    held.go.set()
+    pair[1 - first].weight.data.add_(1)  # nobody asks before, but nothing is being copied any more
+    assert spelled(save.saved()) == spelled(save.cut)
+
+
+def test_the_barrier_waits_for_what_another_thread_is_copying(lazy, paused, tmp_path, monkeypatch):
+    training = Training(lambda parameters: adam(parameters, fused=True))
+    pause = paused(0)
+    save = Save(lazy, training.state(), tmp_path)
+    assert pause.reached.wait(20)
+    late, wait = save.staged._late, save.staged._late.wait
+    monkeypatch.setattr(late, "wait", lambda: (pause.go.set(), wait()))
+    assert saved_beside(save, training.step, training)
+
+
+def test_accumulated_gradients_make_nobody_wait(lazy, held, tmp_path):
+    training = Training()
+    save = Save(lazy, training.state(), tmp_path)
+    for _ in range(3):
+        training.backward()
+    assert save.staged._late._left, "a backward waited"
+    assert saved_beside(save, training.optimizer.step, training)
+
+
+def test_the_ranks_of_a_data_parallel_training_wait(held, tmp_path, run_ranks):
+    def work(rank: int, folder: str) -> None:
+        model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH))
+        training = Training(lambda parameters: adam(parameters, fused=True), model)
+        training.model = DistributedDataParallel(model)
+        training.batch = torch.randn(4, WIDTH) + rank
+        with Checkpointer(folder, training.parts(), snapshot="lazy", sync_buffers=False) as ckpt:
+            training.step()
+            ckpt.step()
+            ckpt.save()
+            cut = copy.deepcopy({"model": model.state_dict(), "optimizer": training.optimizer.state_dict()})
+            training.step()
+            assert spelled(training.optimizer.state_dict()) != spelled(cut["optimizer"])
+            ckpt.wait()
+            assert held.begun == (rank == 0)
+            if rank == 0:
+                found = load_file(f"{folder}/step-00000001/model.safetensors")
+                assert spelled(found) == spelled({key: cut["model"][key] for key in found}) and len(found) == 7
+                found = load_file(f"{folder}/step-00000001/optimizer.safetensors")
+                assert bits(found["state.0.exp_avg_sq"]) == bits(cut["optimizer"]["state"][0]["exp_avg_sq"])
+
+    run_ranks(2, work, str(tmp_path))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_step_waits(lazy, held, tmp_path):
+    training = Training(lambda parameters: adam(parameters, foreach=True))
+    step = torch.compile(training.optimizer.step, backend="eager")
+    step()
+    assert saved_beside(Save(lazy, training.state(), tmp_path), step, training)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("of", ["the module", "a module in it"])
+def test_load_state_dict_of_a_module_waits(of, strict, held, tmp_path):
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH, bias=False))
+    lazy = Stager("lazy", modules=[model])
+    training = Training(model=model)
+    save = Save(lazy, training.state(), tmp_path)
+    other = nn.Sequential(nn.Linear(WIDTH, WIDTH, bias=False))
+    of_whom, of_other = (model, other) if of == "the module" else (model[0], other[0])
+    assert saved_beside(save, lambda: of_whom.load_state_dict(of_other.state_dict(), strict=strict), training)
+    lazy.close()
+
+
+def test_whoever_asks_before_a_change_may_change_anything(lazy, held, tmp_path):
+    training = Training()
+    save = Save(lazy, training.state(), tmp_path)
+    lazy.wait_staged()
+    assert saved_beside(save, lambda: training.weight.data.zero_(), training)
+
+
+# What takes the place of a tensor leaves the old one, which is what is saved.
+
+SWAPS: dict[str, Callable[[Training], object]] = {
+    "p.data = new": lambda training: setattr(training.weight, "data", torch.ones(WIDTH, WIDTH)),
+    "module.double()": lambda training: training.model.double(),
+    "vector_to_parameters": lambda training: nn.utils.vector_to_parameters(
+        torch.ones(WIDTH * WIDTH), training.model.parameters()
+    ),
+    "swap_tensors": lambda training: torch.utils.swap_tensors(training.weight, nn.Parameter(torch.ones(WIDTH, WIDTH))),
+    "load_state_dict(assign=True)": lambda training: training.model.load_state_dict(
+        {"weight": torch.ones(WIDTH, WIDTH)}, assign=True
+    ),
+    "optimizer.load_state_dict": lambda training: training.optimizer.load_state_dict(
+        {**training.optimizer.state_dict(), "state": {0: {"step": torch.tensor(9.0), "exp_avg": torch.ones(3)}}}
+    ),
+    "a new moment": lambda training: training.optimizer.state[training.weight].update(exp_avg=torch.ones(WIDTH, WIDTH)),
+}
+
+
+@pytest.mark.parametrize("how", SWAPS)
+def test_what_takes_the_place_of_a_tensor_is_not_saved(how, lazy, held, tmp_path):
+    training = Training()
+    save = Save(lazy, training.state(), tmp_path)
+    assert saved_beside(save, lambda: SWAPS[how](training), training)
+
+
+# What a forward changes, or what no optimizer is known to change, is copied before training goes on.
+
+
+class Forward(nn.Module):
+    """Each of its buffers is large, and changed by a forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.utils.spectral_norm(nn.Linear(WIDTH, WIDTH, bias=False))
+        self.norm = nn.BatchNorm1d(20_000)
+        self.instance_norm = nn.InstanceNorm1d(WIDTH, track_running_stats=True)
+        self.register_buffer("seen", torch.zeros(WIDTH, WIDTH))
+
+    def forward(self, batch):
+        self.seen += 1
+        found = self.linear(batch)
+        self.norm(found.repeat(1, 20_000 // WIDTH))
+        return self.instance_norm(found.unsqueeze(-1).repeat(1, 1, 4))
+
+
+def test_what_a_forward_changes_is_copied_at_once(lazy, held, tmp_path):
+    training = Training(model=Forward())
+    save = Save(lazy, training.state(), tmp_path)
+    assert save.late & set(dict(training.model.named_buffers())) == set()
+    assert saved_beside(save, training.closure, training)
+
+
+def test_a_moving_average_is_copied_at_once(lazy, held, tmp_path):
+    training = Training()
+    average = torch.optim.swa_utils.AveragedModel(training.model, use_buffers=True)
+    state = {**training.state(), "average": average.state_dict()}
+    save = Save(lazy, state, tmp_path)
+    average.update_parameters(training.model)
+    average.update_parameters(training.model)
+    for one in average.parameters():
+        one.data.zero_()
+    assert save.late == {"weight", "state.0.exp_avg", "state.0.exp_avg_sq"}
+    assert spelled(save.saved()) == spelled(save.cut)
+
+
+def test_what_is_frozen_or_of_an_optimizer_that_took_no_step_is_copied_at_once(lazy, held, tmp_path):
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH, bias=False), nn.Linear(WIDTH, WIDTH, bias=False))
+    model[1].requires_grad_(False)
+    training = Training(model=model)
+    idle = nn.Linear(WIDTH, WIDTH)
+    unknown = adam(idle.parameters())
+    state = {**training.state(), "idle": idle.state_dict(), "unknown": unknown.state_dict()}
+    assert Save(lazy, state, tmp_path).late == {"0.weight", "state.0.exp_avg", "state.0.exp_avg_sq"}
+
+
+def test_small_tensors_are_copied_at_once(lazy, held, tmp_path):
+    training = Training(model=nn.Sequential(nn.Linear(WIDTH, 100), nn.Linear(100, WIDTH)))
+    save = Save(lazy, training.state(), tmp_path)
+    training.weight.data.zero_()
+    assert not save.late and not held.begun
+    assert spelled(save.saved()) == spelled(save.cut)
+
+
+# Whoever changes a tensor without a word is found out.
+
+
+def fill_storage(tensor: torch.Tensor) -> None:
+    tensor.untyped_storage().copy_(torch.ones_like(tensor).untyped_storage())
+
+
+@torch.no_grad()
+def fill_one_in_the_middle(tensor: torch.Tensor) -> None:
+    tensor[WIDTH // 2, WIDTH // 2] = 7
+
+
+@torch.no_grad()
+def fill_in_inference(tensor: torch.Tensor) -> None:
+    with torch.inference_mode():
+        tensor.fill_(1)
+
+
+SILENT: dict[str, Callable[[torch.Tensor], object]] = {
+    "p.data.add_": lambda tensor: tensor.data.add_(1),
+    "p.data[:] =": lambda tensor: tensor.data.__setitem__(slice(None), 1),
+    "the first row of p.data": lambda tensor: tensor.data[0].fill_(1),
+    "the last row of p.data": lambda tensor: tensor.data[-1].fill_(1),
+    "foreach of p.data": lambda tensor: torch._foreach_add_([tensor.data], 1),
+    "out=p.data": lambda tensor: torch.ones(WIDTH, WIDTH, out=tensor.data),
+    "numpy": lambda tensor: tensor.detach().numpy().fill(1),
+    "dlpack": lambda tensor: torch.from_dlpack(tensor.detach()).fill_(1),
+    "untyped_storage": fill_storage,
+    "set_(storage)": lambda tensor: torch.empty(0).set_(tensor.untyped_storage()).fill_(1),
+    "nn.init": lambda tensor: nn.init.ones_(tensor),
+    "one element, under no_grad": fill_one_in_the_middle,
+    "a view of an alias": lambda tensor: tensor.detach().view(-1)[5000:5001].fill_(1),
+    "inference_mode": fill_in_inference,
+    "_foreach_copy_": lambda tensor: torch._foreach_copy_([tensor.detach()], [torch.ones(WIDTH, WIDTH)]),
+}
+
+
+@pytest.mark.parametrize("how", SILENT)
+@pytest.mark.parametrize("what", ["a parameter", "a moment"])
+def test_a_silent_change_is_found_before_the_next_step(what, how, lazy, held, tmp_path, caplog):
+    training = Training()
+    save = Save(lazy, training.state(), tmp_path)
+    parameter = training.weight
+    SILENT[how](parameter if what == "a parameter" else training.optimizer.state[parameter]["exp_avg"])
+    now = spelled(training.state())
+    assert now != spelled(save.cut)
+    training.step()
+    named = "weight of model.safetensors" if what == "a parameter" else "state.0.exp_avg of optimizer.safetensors"
+    assert [record.getMessage().split(" changed while")[0] for record in caplog.records] == [named]
+    written = save.write()
+    assert spelled(save.read(written)) == now and written.measures["retakes"] == 1
+
+
+@pytest.mark.parametrize("how", SILENT)
+def test_a_silent_change_is_found_where_no_step_follows(how, lazy, held, tmp_path):
+    training = Training()
+    save = Save(lazy, training.state(), tmp_path)
+    SILENT[how](training.weight)
+    with pytest.raises(DistckptError, match=r"^weight of model\.safetensors changed while it was being copied"):
+        save.write()
+
+
+SHRINKS: dict[str, Callable[[torch.Tensor], object]] = {
+    "set_": lambda tensor: tensor.set_(torch.ones(3)),
+    "resize_": lambda tensor: tensor.resize_(3),
+    "a storage without memory": lambda tensor: tensor.untyped_storage().resize_(0),
+    "a storage that is too small": lambda tensor: tensor.untyped_storage().resize_(tensor.nbytes // 2),
+}
+
+
+@pytest.mark.parametrize("how", SHRINKS)
+@pytest.mark.parametrize("ends", ["at a step", "at the end"])
+def test_a_tensor_that_lost_its_memory_is_not_read_beyond_it(how, ends, lazy, held, tmp_path):
+    training = Training()
+    save = Save(lazy, training.state(), tmp_path)
+    SHRINKS[how](training.optimizer.state[training.weight]["exp_avg"])
+    if ends == "at a step":
+        lazy.wait_staged()
+    with pytest.raises(DistckptError, match=r"^state.0.exp_avg of optimizer.safetensors was given other memory"):
+        save.write()
+    training.optimizer.state.clear()
+    training.step()
+    save = Save(lazy, training.state(), tmp_path)
+    training.step()
+    assert spelled(save.saved()) == spelled(save.cut)
+
+
+def test_an_embedding_that_a_forward_renorms_is_found(lazy, held, tmp_path, caplog):
+    grows = nn.Embedding(WIDTH, WIDTH, max_norm=1.0)
+    training = Training(lambda parameters: torch.optim.SGD(parameters, lr=1e4, maximize=True), grows, torch.arange(3))
+    save = Save(lazy, training.state(), tmp_path)
+    training.backward()
+    now = spelled(training.state())
+    training.optimizer.step()
+    assert "weight of model.safetensors changed" in caplog.text
+    assert now != spelled(save.cut) and spelled(save.saved()) == now
+
+
+@pytest.mark.parametrize("collective", ["broadcast", "all_reduce"])
+def test_a_collective_is_found(collective, held, tmp_path, run_ranks):
+    def work(rank: int, folder: str) -> str:
+        training = Training()
+        stager = Stager("lazy")
+        training.step()
+        save = Save(stager, training.state(), Path(folder) / str(rank))
+        if collective == "broadcast":
+            dist.broadcast(training.weight.data if rank else torch.ones(WIDTH, WIDTH), 0)
+        else:
+            dist.all_reduce(training.weight.data)
+        with contextlib.suppress(DistckptError):
+            return str(save.write().measures)
+        return save.staged._failure.args[0]
+
+    for rank in range(2):
+        (tmp_path / str(rank)).mkdir()
+    told = run_ranks(2, work, str(tmp_path))
+    assert told[1].startswith("weight of model.safetensors changed while it was being copied")
+    assert collective == "broadcast" or told[0] == told[1]
+
+
+TENSORS = ("weight", "exp_avg", "exp_avg_sq")  # in the order in which they are copied
+
+
+def tensors_of(training: Training) -> dict[str, torch.Tensor]:
+    return {"weight": training.weight, **training.optimizer.state[training.weight]}
+
+
+@pytest.mark.parametrize("ends", ["at a step", "at the end"])
+@pytest.mark.parametrize("at", range(4))
+@pytest.mark.parametrize("changed", [(one,) for one in TENSORS] + [TENSORS[:2], TENSORS[1:], TENSORS])
+def test_a_change_in_the_middle_of_a_copy_is_before_it_or_found(changed, at, ends, lazy, paused, tmp_path):
+    """Copied before it was changed, a tensor is as it was; where only some are, the save is taken again or fails."""
+    training = Training(lambda parameters: adam(parameters, fused=True))
+    pause = paused(at)
+    save = Save(lazy, training.state(), tmp_path)
+    if at < len(TENSORS):
+        assert pause.reached.wait(20)
+    else:
+        save.staged._late.wait()
+    for name in changed:
+        tensors_of(training)[name].data.add_(1)
+    is_before = all(TENSORS.index(name) < at for name in changed)
+    now = spelled(training.state())
+    pause.go.set()
+    if ends == "at a step":
+        training.step()
+        assert spelled(save.saved()) == (spelled(save.cut) if is_before else now)
+    elif is_before:
+        assert spelled(save.saved()) == spelled(save.cut)
+    else:
+        with pytest.raises(DistckptError, match=" changed while it was being copied"):
+            save.write()
+
+
+@pytest.fixture
+def paranoid() -> Iterator[Stager]:
+    stager = Stager("paranoid")
+    yield stager
+    stager.close()
+
+
+@pytest.mark.parametrize("row", range(0, WIDTH, 13))
+def test_where_every_byte_is_compared_one_element_is_found(row, paranoid, paused, tmp_path):
+    training = Training()
+    pause = paused(1)
+    save = Save(paranoid, training.state(), tmp_path)
+    assert pause.reached.wait(20)
+    training.weight.detach().numpy()[row, row] += 1  # which the copy does not have any more
+    pause.go.set()
+    with pytest.raises(DistckptError, match=r"^weight of model\.safetensors changed"):
+        save.write()
+
+
+def test_where_every_byte_is_compared_a_training_that_waits_is_never_blamed(paranoid, held, tmp_path, caplog):
+    training = Training(lambda parameters: adam(parameters, fused=True))
+    for nth in range(3):
+        (tmp_path / str(nth)).mkdir()
+        save = Save(paranoid, training.state(), tmp_path / str(nth))
+        assert saved_beside(save, training.step, training)
+    assert caplog.records == []
