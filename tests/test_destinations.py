@@ -300,6 +300,22 @@ def test_what_is_new_for_an_optimizer_is_where_its_parameters_are():
     assert sorted(str(target.device) for _, target in found.targets) == ["cpu"] * 4 + ["meta"] * 2
 
 
+@pytest.mark.gpu
+def test_a_program_on_a_device_is_filled_there():
+    saved = nn.Linear(300, 300)
+    moments = torch.optim.AdamW(saved.parameters())
+    saved(torch.ones(300)).sum().backward()
+    moments.step()
+    module = nn.Linear(300, 300, device="cuda")
+    optimizer = torch.optim.AdamW(module.parameters())
+    found, opened = matched({"m": module, "o": optimizer}, {"m": dict(saved.state_dict()), "o": moments.state_dict()})
+    put_in(found, opened)
+    assert torch.equal(module.weight.cpu(), saved.weight)
+    given = {target.data_ptr() for _, target in found.targets}
+    assert {one.data_ptr() for state in optimizer.state.values() for one in state.values()} <= given
+    assert torch.equal(optimizer.state[module.weight]["exp_avg"].cpu(), moments.state[saved.weight]["exp_avg"])
+
+
 class Part:
     """A part with tensors anywhere in its state."""
 

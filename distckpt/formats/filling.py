@@ -94,7 +94,7 @@ class _Pass:
             return
         fitting = [*filter(_is_plain, targets), *filter(_is_flat, targets)]
         first = fitting[0] if fitting else torch.empty(targets[0].shape, dtype=targets[0].dtype)
-        if first.is_cpu:
+        if _is_plain(first):
             self._read(first)
         else:
             self._carry(first)
@@ -104,7 +104,7 @@ class _Pass:
 
     def _carry(self, target: Tensor) -> None:
         """``target``, on a device, is read through memory that the device copies from fast."""
-        if not self._scratch.is_pinned():
+        if target.is_cuda and not self._scratch.is_pinned():
             self._scratch = torch.empty(_SCRATCH_BYTES, dtype=torch.uint8, pin_memory=True)
         elements = target.reshape(-1).view(torch.uint8)
         for begin in range(0, len(elements), _SCRATCH_BYTES):

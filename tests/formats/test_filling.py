@@ -140,3 +140,32 @@ def test_autograd_sees_that_what_it_kept_has_changed(size):
 def test_a_file_that_ends_too_early_raises_what_the_source_does():
     with pytest.raises(EOFError, match="too early"):
         filled(bytes(7), (8, [torch.zeros(8, dtype=torch.uint8)]))
+
+
+def test_what_cannot_be_read_where_it_lies_goes_by_way_of_the_scratch_memory(monkeypatch):
+    """All that a device has, and here everything."""
+    monkeypatch.setattr(filling, "_is_plain", lambda _: False)
+    sizes = [3, 8, 2 * filling._SCRATCH_BYTES + 8, LARGE, 16]
+    targets = [torch.zeros(size, dtype=torch.uint8) for size in sizes]
+    data = os.urandom(sum(sizes))
+    filled(data, *((size, [target, target.clone()]) for size, target in zip(sizes, targets, strict=True)))
+    assert b"".join(map(bits, targets)) == data
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [8, LARGE, 3 * filling._SCRATCH_BYTES + 8])
+def test_tensors_on_a_device_hold_their_bytes_beside_those_on_the_host(size):
+    count = size // 8
+    data = np.random.default_rng(0).integers(0, 256, 3 * count * 8 + 3, np.uint8).tobytes()
+    places = [
+        [torch.zeros(count, dtype=torch.int64, device="cuda"), torch.zeros(count, dtype=torch.int64)],
+        [torch.zeros(3, dtype=torch.uint8, device="cuda")],
+        [torch.zeros(count, 2, dtype=torch.int64, device="cuda")[:, 1]],
+        [torch.zeros(2 * count, dtype=torch.float32, device="cuda").requires_grad_()],
+    ]
+    sizes = [count * 8, 3, count * 8, count * 8]
+    filled(data, *zip(sizes, places, strict=True))
+    begin = 0
+    for size_bytes, targets in zip(sizes, places, strict=True):
+        assert all(bits(target.cpu()) == data[begin : begin + size_bytes] for target in targets)
+        begin += size_bytes
