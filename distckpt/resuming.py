@@ -1,4 +1,4 @@
-"""One resume: which checkpoint it is, laid beside the state by every rank, and put in by all of them or by none."""
+"""One resume: which checkpoint it is, laid beside the state by every rank, read into it, and how exact that is."""
 
 from __future__ import annotations
 
