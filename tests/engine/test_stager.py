@@ -9,6 +9,7 @@ import io
 import logging
 import os
 import threading
+import weakref
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -297,17 +298,21 @@ def test_where_there_is_no_memory_at_all_nothing_is_taken_and_training_goes_on(m
     assert spelled(save.saved()) == spelled(save.cut)
 
 
-def test_by_pieces_no_copy_of_a_tensor_outlives_its_last_piece(made, small_blocks, tmp_path):
-    alive: list[int] = []
+def test_by_pieces_no_copy_of_a_tensor_outlives_its_last_piece(made, small_blocks, tmp_path, monkeypatch):
+    class Seen(plans._Contiguous):
+        alive: weakref.WeakSet[Any] = weakref.WeakSet()
 
-    def before_write(_: int) -> None:
-        alive.append(sum(type(one) is plans._Contiguous for one in gc.get_objects()))
+        def __init__(self, tensor: torch.Tensor) -> None:
+            super().__init__(tensor)
+            self.alive.add(self)
 
+    counts: list[int] = []
+    monkeypatch.setattr(plans, "_Contiguous", Seen)
+    store = Minded(tmp_path, lambda _: counts.append(len(Seen.alive)))
     turned = {str(nth): torch.rand(512, 512).t() for nth in range(6)}
-    store = Minded(tmp_path, before_write)
     save = Save(made(arena_bytes=2 * MIB), {"model": turned}, tmp_path, store=store, is_written=True)
     assert spelled(save.saved()) == spelled(save.cut)
-    assert alive[0] == 6 and alive[-1] == 0
+    assert counts[0] == 6 and counts[-1] == 0
 
 
 # The next save

@@ -136,6 +136,14 @@ def test_the_barrier_waits_for_what_another_thread_is_copying(lazy, paused, tmp_
     assert saved_beside(save, training.step, training)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["AdamW", "AdamW foreach", "AdamW fused", "SGD momentum fused"])
+def test_an_optimizer_of_a_device_waits(kind, lazy, tmp_path):
+    model = nn.Linear(WIDTH, 100_000, bias=False, device="cuda")
+    training = Training(OPTIMIZERS[kind], model, torch.randn(2, WIDTH, device="cuda"))
+    assert saved_beside(Save(lazy, training.state(), tmp_path), training.optimizer.step, training)
+
+
 def test_accumulated_gradients_make_nobody_wait(lazy, held, tmp_path):
     training = Training()
     save = Save(lazy, training.state(), tmp_path)
