@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -24,14 +25,18 @@ class Guard:
     def __init__(self, wait: Callable[[], None]) -> None:
         self._seen: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._held: list[RemovableHandle] = []
-        seen, known = self._seen, weakref.WeakMethod(wait)
+        seen, known, process = self._seen, weakref.WeakMethod(wait), os.getpid()
+
+        def ask() -> None:
+            # In a forked child there is no thread that copies, so nobody to wait for.
+            if (told := known()) is not None and os.getpid() == process:
+                told()
 
         def before_step(optimizer: Optimizer, *_: Any) -> None:
             seen.add(optimizer)
-            if (told := known()) is not None:
-                told()
+            ask()
 
-        self._wait = known
+        self._ask = ask
         self._handle = register_optimizer_step_pre_hook(before_step)
         self._end = weakref.finalize(self, self._handle.remove)
 
@@ -60,7 +65,7 @@ class Guard:
         self.let_go()
         for module in {id(one): one for root in modules for one in root.modules()}.values():
             if module._parameters:
-                handle = module.register_load_state_dict_pre_hook(_WaitBeforeLoad(self._wait))  # type: ignore[no-untyped-call]  # torch's own
+                handle = module.register_load_state_dict_pre_hook(_WaitBeforeLoad(self._ask))  # type: ignore[no-untyped-call]  # torch's own
                 self._held.append(handle)
 
     def let_go(self) -> None:
@@ -79,12 +84,11 @@ class _WaitBeforeLoad:
     # Restoring writes straight into the tensors of modules that have no hooks but this one.
     is_of_distckpt = True
 
-    def __init__(self, wait: weakref.WeakMethod[Callable[[], None]] | None = None) -> None:
-        self._known = wait
+    def __init__(self, ask: Callable[[], None] = lambda: None) -> None:
+        self._ask = ask
 
     def __call__(self, *_: Any) -> None:
-        if self._known is not None and (wait := self._known()) is not None:
-            wait()
+        self._ask()
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return _WaitBeforeLoad, ()  # for the copy of a module there is nothing to wait for

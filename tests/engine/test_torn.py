@@ -144,6 +144,25 @@ def test_an_optimizer_of_a_device_waits(kind, lazy, tmp_path):
     assert saved_beside(Save(lazy, training.state(), tmp_path), training.optimizer.step, training)
 
 
+def test_a_forked_child_changes_what_is_its_own_and_waits_for_nobody(paused, tmp_path, run_ranks):
+    """The thread that copies is none of its own, and what it copies neither."""
+    model = nn.Linear(WIDTH, WIDTH, bias=False)
+    lazy = Stager("lazy", modules=[model])
+    training = Training(model=model)
+    pause = paused(0)
+    save = Save(lazy, training.state(), tmp_path)
+    assert pause.reached.wait(20)
+
+    def change(_: int) -> None:
+        training.step()
+        model.load_state_dict({"weight": torch.zeros(WIDTH, WIDTH)})
+
+    run_ranks(1, change, seconds=20.0)
+    pause.go.set()
+    assert saved_beside(save, training.step, training)
+    lazy.close()
+
+
 def test_accumulated_gradients_make_nobody_wait(lazy, held, tmp_path):
     training = Training()
     save = Save(lazy, training.state(), tmp_path)
