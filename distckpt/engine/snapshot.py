@@ -100,6 +100,8 @@ class Staging:
     def settle(self) -> None:
         if self._torn == [] or self._failure is not None:
             return
+        if not self._begun.is_set():
+            self._fail(DistckptError("the snapshot was interrupted before it was staged"))
         self._catch_up(self._refuse)
 
     # On the writer's thread

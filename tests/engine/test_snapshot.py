@@ -20,6 +20,8 @@ from distckpt.engine.snapshot import Staging
 from distckpt.engine.stager import Stager
 from distckpt.engine.witness import Witness
 from distckpt.errors import DistckptError
+from distckpt.formats import Snapshot
+from distckpt.formats.full import FORMAT
 from distckpt.manifest import TensorEntry
 from distckpt.stores.local import LocalStore
 
@@ -119,6 +121,15 @@ def test_who_interrupts_the_copy_is_heard_and_the_save_fails(eager, tmp_path, mo
             Save(eager, Training().state(), tmp_path)
     with pytest.raises(DistckptError, match="the snapshot was interrupted"):
         saves[0].write(LocalStore(tmp_path), "saved")
+
+
+def test_one_that_was_never_staged_keeps_no_writer_waiting(eager, tmp_path):
+    staged = eager.take(FORMAT.lay_out(Snapshot(Training().state()), 0))
+    writing = Background(lambda: staged.write(LocalStore(tmp_path), "saved"))
+    assert not writing.ended(0.05)
+    staged.settle()
+    with pytest.raises(DistckptError, match="interrupted before it was staged"):
+        writing.result()
 
 
 def test_a_save_that_failed_leaves_the_next_one_whole(broken, lazy, tmp_path, monkeypatch):
