@@ -1,4 +1,4 @@
-"""What the tests of the engine share: late copies that stand still, and blocks that are small."""
+"""What the tests of the engine share: stagers, late copies that stand still, and blocks that are small."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from distckpt import checkpointer
 from distckpt.engine import copying, snapshot, stager
 from distckpt.engine.snapshot import Staging
-from distckpt.engine.stager import Mode, Stager
+from distckpt.engine.stager import Stager
 
 SMALL_BLOCK_BYTES = 64 * 1024
+MOVE = copying.move
 
 
 class Held:
@@ -29,57 +31,6 @@ class Held:
     def __init__(self) -> None:
         self.go = threading.Event()
         self.begun = 0
-
-
-@pytest.fixture
-def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[Held]:
-    """No thread copies anything late before the test lets it, as if others had the cores."""
-    copy_late = Staging._copy_late
-    told = Held()
-
-    def hold(staging: Staging) -> None:
-        told.begun += 1
-        assert told.go.wait(60), "nobody let the late copy go"
-        copy_late(staging)
-
-    monkeypatch.setattr(Staging, "_copy_late", hold)
-    yield told
-    told.go.set()
-
-
-@pytest.fixture
-def lazy() -> Iterator[Stager]:
-    yield from _stager("lazy")
-
-
-@pytest.fixture
-def eager() -> Iterator[Stager]:
-    yield from _stager("eager")
-
-
-@pytest.fixture
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> int:
-    """Blocks of so many bytes: a state of a few MB is too large for an arena of 2 MiB then, the least there is."""
-    for module in (copying, snapshot, stager):
-        monkeypatch.setattr(module, "BLOCK_BYTES", SMALL_BLOCK_BYTES)
-    for module in (stager, checkpointer):
-        monkeypatch.setattr(module, "LEAST_ARENA_BYTES", 2 * SMALL_BLOCK_BYTES)
-    return SMALL_BLOCK_BYTES
-
-
-@pytest.fixture
-def scratch(tmp_path: Path) -> Iterator[Path]:
-    """A folder for many saves; in memory where that can be had, as what they are about is no disk."""
-    memory = Path("/dev/shm")
-    where = memory if os.access(memory, os.W_OK) else tmp_path
-    with tempfile.TemporaryDirectory(dir=where) as folder:
-        yield Path(folder).resolve()
-
-
-def _stager(mode: Mode) -> Iterator[Stager]:
-    stager = Stager(mode)
-    yield stager
-    stager.close()
 
 
 class Paused:
@@ -101,22 +52,78 @@ class Paused:
                 self.reached.set()
                 assert self.go.wait(60), "nobody let the late copy go on"
             self._moved += 1
-        _MOVE(target, source, count)
+        MOVE(target, source, count)
 
 
-_MOVE = copying.move
+@pytest.fixture
+def made() -> Iterator[Callable[..., Stager]]:
+    """Makes stagers, and closes them in the end."""
+    stagers: list[Stager] = []
+
+    def make(*args: Any, **words: Any) -> Stager:
+        stagers.append(Stager(*args, **words))
+        return stagers[-1]
+
+    yield make
+    for one in stagers:
+        one.close()
+
+
+@pytest.fixture
+def lazy(made: Callable[..., Stager]) -> Stager:
+    return made("lazy")
+
+
+@pytest.fixture
+def eager(made: Callable[..., Stager]) -> Stager:
+    return made("eager")
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[Held]:
+    """No thread copies anything late before the test lets it, as if others had the cores."""
+    copy_late = Staging._copy_late
+    told = Held()
+
+    def hold(staging: Staging) -> None:
+        told.begun += 1
+        assert told.go.wait(60), "nobody let the late copy go"
+        copy_late(staging)
+
+    monkeypatch.setattr(Staging, "_copy_late", hold)
+    yield told
+    told.go.set()
 
 
 @pytest.fixture
 def paused(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Paused]]:
     """Late copies that are begun from now on stand still before a piece."""
-    made: list[Paused] = []
+    pauses: list[Paused] = []
 
     def pause(at: int) -> Paused:
-        made.append(Paused(at))
-        monkeypatch.setattr(copying, "move", made[-1].move)
-        return made[-1]
+        pauses.append(Paused(at))
+        monkeypatch.setattr(copying, "move", pauses[-1].move)
+        return pauses[-1]
 
     yield pause
-    for one in made:
+    for one in pauses:
         one.go.set()
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Blocks of so many bytes: a state of a few MB is too large for an arena of 2 MiB then, the least there is."""
+    for module in (copying, snapshot, stager):
+        monkeypatch.setattr(module, "BLOCK_BYTES", SMALL_BLOCK_BYTES)
+    for module in (stager, checkpointer):
+        monkeypatch.setattr(module, "LEAST_ARENA_BYTES", 2 * SMALL_BLOCK_BYTES)
+    return SMALL_BLOCK_BYTES
+
+
+@pytest.fixture
+def scratch(tmp_path: Path) -> Iterator[Path]:
+    """A folder for many saves; in memory where that can be had, as what they are about is no disk."""
+    memory = Path("/dev/shm")
+    where = memory if os.access(memory, os.W_OK) else tmp_path
+    with tempfile.TemporaryDirectory(dir=where) as folder:
+        yield Path(folder).resolve()

@@ -254,7 +254,7 @@ def test_fifty_saves_take_no_more_memory_than_ten(scratch, run_ranks):
         return taken
 
     ((ten, fifty),) = run_ranks(1, work, str(scratch / "run"))
-    assert fifty - ten < 2 * MIB
+    assert fifty - ten < 8 * MIB
 
 
 def test_a_state_that_the_system_has_no_memory_for_is_refused_before_training(tmp_path, run_ranks):

@@ -24,6 +24,8 @@ from distckpt.stores.local import LocalStore
 
 WIDTH = 160  # squared, in float32, that is 100 KiB: more than what is small
 
+MIB = 1024 * 1024
+
 Make = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
@@ -64,6 +66,11 @@ class Training:
 
     def state(self) -> dict[str, Any]:
         return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+
+def state_of(value: float, mebibytes: int = 3) -> dict[str, Any]:
+    """A part of so many MB, and each number of it says whose it is."""
+    return {"model": {str(nth): torch.full((MIB // 4,), float(value + nth)) for nth in range(mebibytes)}}
 
 
 class Save:
@@ -117,6 +124,14 @@ class Save:
             return self.staged.write(self._store, self._place)
         finally:
             self.staged.release()
+
+
+def saved_beside(save: Save, change: Callable[[], object], training: Training) -> bool:
+    """Whether what was saved is what there was before ``change``, and that changed something that is copied late."""
+    assert save.late
+    change()
+    assert spelled(training.state()) != spelled(save.cut)
+    return spelled(save.saved()) == spelled(save.cut)
 
 
 class Minded:
