@@ -34,8 +34,6 @@ from files import (  # noqa: E402
     make_durable,
 )
 
-# The most that a save takes is twice the state: a copy of it, beside its pages in the page cache.
-TOUCHED_TIMES_STATE = 2
 # A save that is not done after so many steps is not waited for with further ones.
 MOST_STEPS = 20
 
@@ -126,7 +124,6 @@ class Server:
 
     def turn(self, *, before: int, after: int, saves: bool) -> dict[str, object]:
         """So many steps, a save if asked for, and so many steps, or more until the save is done."""
-        proc.touch(TOUCHED_TIMES_STATE * self._state_bytes)
         start = proc.used()
         told: dict[str, object] = {"quiet": self._trainer.quiet(before)}
         told |= self._saved_beside_training(after) if saves else {"steps": self._trainer.quiet(after)}
@@ -154,7 +151,7 @@ class Server:
 
     def alone(self) -> dict[str, object]:
         """A save while nothing is trained. A step of training follows, so that no save finds the last one's state."""
-        proc.touch(TOUCHED_TIMES_STATE * self._state_bytes)
+        proc.touch(self._state_bytes)
         proc.resident_bytes()  # gives back what training freed
         old = set(files_in(self._directory))
         proc.forget_peak()
@@ -213,7 +210,6 @@ class Server:
         with torch.no_grad():
             for tensor in self._workload.tensors():
                 tensor.zero_()
-        proc.touch(self._state_bytes)
         (drop_from_cache if cold else bring_into_cache)(self._directory)
         cached = cached_share(self._directory)
         before, start = proc.used(), perf_counter()

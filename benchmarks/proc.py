@@ -84,10 +84,12 @@ def peak_memory_bytes() -> int:
     """The largest resident size of this process since, and what its children had beside what they share with it: not
     the libraries, not the shared memory. Neither knows the page cache.
     """
-    peak = _field("/proc/self/status", "VmHWM")
+    peak, shared = _field("/proc/self/status", "VmHWM"), _field("/proc/self/status", "RssShmem")
     for child in children():
         status = f"/proc/{child}/status"
-        peak += max(0, _field(status, "VmHWM") - _field(status, "RssFile") - _field(status, "RssShmem"))
+        # It may have let go of the shared memory since, which its peak still has in it.
+        apart = _field(status, "RssFile") + max(shared, _field(status, "RssShmem"))
+        peak += max(_field(status, "RssAnon"), _field(status, "VmHWM") - apart)
     return peak * 1024
 
 

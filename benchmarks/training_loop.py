@@ -24,7 +24,7 @@ from running import Running, Stage, batches, needed_bytes, started
 
 MAIN = ("torch_save_fsync", "distckpt_eager", "distckpt_lazy", "dcp_async_overlapped")
 # In rounds with these distances each also saves alone.
-ALONE_EVERY = 4
+ALONE_EVERY = 5
 # Of the steps in a row: as many before and after those with a save as tell how long a step takes.
 QUIET_STEPS = 10
 
