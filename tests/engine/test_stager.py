@@ -243,6 +243,16 @@ def test_two_stagers_take_snapshots_of_one_training(made, held, tmp_path):
         assert spelled(save.saved()) == spelled(save.cut)
 
 
+def test_a_module_is_as_it_was_once_a_step_was_taken(held, made, tmp_path):
+    training = Training(model=nn.Sequential(nn.Linear(160, 160, bias=False)))
+    stager = made("lazy", modules=[training.model])
+    training.step()
+    save = Save(stager, training.state(), tmp_path)
+    assert save.late and training.model[0]._load_state_dict_pre_hooks
+    training.step()
+    assert not any(one._load_state_dict_pre_hooks for one in training.model.modules())
+
+
 @pytest.mark.parametrize("duplicate", ["torch.save", "deepcopy"])
 def test_a_module_can_be_copied_while_it_is_saved(duplicate, held, made, tmp_path):
     training = Training(model=nn.Sequential(nn.Linear(160, 160, bias=False)))
