@@ -249,9 +249,8 @@ class Server:
 
 def serve(name: str, workload: str, directory: Path, answer: Callable[[dict[str, object]], None]) -> None:
     """Answer to every line of the standard input; first of all with what the contender is."""
-    contender, about = contenders.load(name)
-    server = Server(contender, directory, workloads.load(workload))
-    answer({"about": about, **server.about()})
+    server = Server(contenders.load(name), directory, workloads.load(workload))
+    answer({"about": contenders.about(name), **server.about()})
     for line in sys.stdin:
         command: dict[str, Any] = json.loads(line)
         answer(getattr(server, command.pop("do"))(**command))

@@ -6,6 +6,7 @@ about it, and it makes one object, ``contender``.
 
 from __future__ import annotations
 
+import ast
 import pkgutil
 import shutil
 from collections.abc import Mapping
@@ -73,12 +74,17 @@ def names() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
-def load(name: str) -> tuple[Contender, str]:
-    """The contender of that name, and what it says about itself.
+def about(name: str) -> str:
+    """What the contender of that name says about itself; it is not imported."""
+    told = ast.get_docstring(ast.parse(Path(__path__[0], f"{name}.py").read_text()))
+    return (told or "").partition("\n")[0]
+
+
+def load(name: str) -> Contender:
+    """The contender of that name.
 
     Raises:
         ModuleNotFoundError: where a package that it needs is not installed.
     """
-    module = import_module(f"{__name__}.{name}")
-    contender: Contender = module.contender
-    return contender, (module.__doc__ or "").partition("\n")[0]
+    contender: Contender = import_module(f"{__name__}.{name}").contender
+    return contender

@@ -36,7 +36,7 @@ def without(left_out: list[torch.Tensor], workload: Workload) -> list[torch.Tens
 def save_twice_and_restore_the_first(_: int, name: str, directory: Path) -> str | None:
     """What is not installed, if something is not."""
     try:
-        contender, _ = contenders.load(name)
+        contender = contenders.load(name)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if importlib.util.find_spec(package) is not None:
@@ -54,7 +54,9 @@ def save_twice_and_restore_the_first(_: int, name: str, directory: Path) -> str 
     contender.save(2)
     contender.before_optimizer()
     contender.wait()
+    workload.optimizer.param_groups[0]["lr"] = 0.5
     contender.restore(1)
+    assert workload.optimizer.param_groups[0]["lr"] == 1e-3
     assert all(map(torch.equal, without(left_out, workload), saved))
     contender.delete(1)
     assert contender.path(2).exists() and not contender.path(1).exists()
@@ -70,7 +72,6 @@ def test_what_is_saved_is_what_is_restored(name: str, run_ranks: Any, tmp_path: 
         pytest.skip(f"{absent} is not installed: it comes with the extra 'bench'")
 
 
-def test_every_contender_says_what_it_is() -> None:
-    for name in contenders.names():
-        first = (Path(contenders.__path__[0]) / f"{name}.py").read_text().partition("\n")[0]
-        assert first.startswith('"""') and first.endswith('"""'), name
+def test_every_contender_and_every_workload_says_what_it_is() -> None:
+    assert all(about.endswith(".") for about in map(contenders.about, contenders.names()))
+    assert all(about.endswith(".") for about in map(workloads.about, workloads.names()))
