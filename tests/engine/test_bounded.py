@@ -90,7 +90,7 @@ def test_a_state_that_fits_is_not_taken_by_pieces(made, small_blocks, tmp_path):
 
 
 def test_a_stager_has_a_word_for_how_much_memory_it_takes(made, caplog):
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, logger="distckpt")
     made().reserve(3_000_000_000)
     assert "snapshots take 3.03 GB of host memory" in caplog.text
 

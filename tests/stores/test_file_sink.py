@@ -144,7 +144,7 @@ def mount(tmp_path):
 
 
 def test_a_file_system_without_it_is_written_through_the_page_cache_and_asked_once(mount, writes, caplog):
-    caplog.set_level("DEBUG")
+    caplog.set_level("DEBUG", logger="distckpt")
     store, data = LocalStore(mount("-t", "ramfs", "none")), memory(128 * 1024 + 5)
     for _ in range(2):
         create(store, data, data)
