@@ -135,7 +135,8 @@ def test_by_pieces_no_copy_of_a_tensor_outlives_its_last_piece(made, small_block
     turned = {str(nth): torch.rand(512, 512).t() for nth in range(6)}
     save = Save(made(arena_bytes=2 * MIB), {"model": turned}, tmp_path, store=store, is_written=True)
     assert spelled(save.saved()) == spelled(save.cut)
-    assert counts[0] == 6 and counts[-1] == 0
+    # When the first piece is written, as much of the second may be copied as the arena holds.
+    assert counts[0] > 0 and counts[-1] == 0
 
 
 # A writer that is slow, or fails
