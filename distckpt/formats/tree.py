@@ -95,8 +95,7 @@ class _Found:
         elif dtype in DTYPES:
             self.tensors[key] = tensor
         else:  # what safetensors has no word for lies there as plain bytes, and its type here
-            plain = tensor.detach().contiguous().reshape(-1) if tensor.numel() else torch.empty(0, dtype=tensor.dtype)
-            self.tensors[key] = plain.view(torch.uint8)
+            self.tensors[key] = _bytes_of(tensor)
         return known if dtype in DTYPES else [known, str(dtype), list(tensor.shape)]
 
     def _tied(self, tensor: Tensor, key: str) -> str:
@@ -113,6 +112,14 @@ class _Found:
     def where(self, place: str) -> str:
         """The name of ``place``, for people."""
         return f"{self.path}.{place}" if place else self.path
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    if not tensor.numel():
+        return torch.empty(0, dtype=torch.uint8)
+    plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
+    # A single element may keep any stride, which no view as bytes takes.
+    return plain.as_strided((plain.numel(),), (1,)).view(torch.uint8)
 
 
 def _encode(value: Any, place: str, found: _Found) -> Any:

@@ -372,3 +372,19 @@ def test_the_state_of_a_grad_scaler_and_of_an_averaged_model_comes_back_as_it_wa
     averaged.update_parameters(nn.BatchNorm1d(2))
     for part in (scaler, torch.amp.GradScaler("cpu", enabled=False), averaged):
         assert spelled(through_json(part.state_dict())) == spelled(part.state_dict())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.tensor([1 + 2j, 3 - 4j], dtype=torch.complex128).conj(),
+        lambda: torch.tensor([1 + 2j, 3 - 4j, 5j], dtype=torch.complex128)[::3],
+        lambda: torch.arange(6).to(torch.complex128).view(2, 3).t(),
+        lambda: torch.empty(0, 2, dtype=torch.complex128).conj(),
+    ],
+    ids=["conjugate", "one element of a stride", "turned", "empty"],
+)
+def test_what_lies_there_as_bytes_lies_there_as_it_reads(make):
+    tensor = make()
+    _, found, _ = tree.encode({"a": tensor}, "part")
+    assert torch.equal(found["a"].view(tensor.dtype).view(tensor.shape), tensor)
