@@ -7,7 +7,7 @@ import os
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -103,3 +103,12 @@ def _meet(rank: int, world_size: int, place: Path) -> dist.TCPStore:
     while not place.exists():
         time.sleep(0.002)
     return dist.TCPStore("127.0.0.1", int(place.read_text()), world_size, is_master=False)
+
+
+@pytest.fixture
+def scratch(tmp_path: Path) -> Iterator[Path]:
+    """A folder for thousands of files; in memory where that can be had, as what they are about needs no disk."""
+    memory = Path("/dev/shm")
+    where = memory if os.access(memory, os.W_OK) else tmp_path
+    with tempfile.TemporaryDirectory(dir=where) as folder:
+        yield Path(folder).resolve()

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -118,12 +115,3 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> int:
     for module in (stager, checkpointer):
         monkeypatch.setattr(module, "LEAST_ARENA_BYTES", 2 * SMALL_BLOCK_BYTES)
     return SMALL_BLOCK_BYTES
-
-
-@pytest.fixture
-def scratch(tmp_path: Path) -> Iterator[Path]:
-    """A folder for many saves; in memory where that can be had, as what they are about is no disk."""
-    memory = Path("/dev/shm")
-    where = memory if os.access(memory, os.W_OK) else tmp_path
-    with tempfile.TemporaryDirectory(dir=where) as folder:
-        yield Path(folder).resolve()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,12 +31,3 @@ def trainings(library: Path) -> Iterator[Forks]:
     """Forks of a process that has imported torch and distckpt: a training costs 0.1 s, not 3."""
     with Forks(library, "workload") as running:
         yield running
-
-
-@pytest.fixture
-def scratch(tmp_path: Path) -> Iterator[Path]:
-    """A folder for some thousand small ones; in memory where that can be had, as no fault test needs a disk."""
-    memory = Path("/dev/shm")
-    where = memory if os.access(memory, os.W_OK) else tmp_path
-    with tempfile.TemporaryDirectory(dir=where) as folder:
-        yield Path(folder).resolve()

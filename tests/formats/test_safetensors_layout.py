@@ -8,6 +8,7 @@ import struct
 import pytest
 import safetensors.torch
 import torch
+from every_dtype import of_every_dtype
 from torch import Tensor
 
 from distckpt.formats import Image
@@ -30,16 +31,6 @@ def to_bytes(image: Image) -> bytes:
         end += len(piece)
     assert end == len(data)
     return bytes(data)
-
-
-def of_every_dtype() -> dict[str, Tensor]:
-    tensors = {}
-    for dtype in DTYPES:
-        data = torch.randint(0, 2 if dtype is torch.bool else 256, (6 * dtype.itemsize,), dtype=torch.uint8)
-        tensors[f"some.{dtype}"] = data.view(dtype).view(2, 3)
-        tensors[f"one.{dtype}"] = data.view(dtype)[:1].clone().view(())
-        tensors[f"none.{dtype}"] = torch.empty((2, 0, 3), dtype=dtype)
-    return tensors
 
 
 def test_stock_safetensors_reads_every_bit_of_ours(tmp_path):

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from every_dtype import of_every_dtype
 from torch import Tensor
 
 from distckpt.errors import DamagedCheckpoint
-from distckpt.formats.safetensors_file import DTYPES
 from distckpt.formats.safetensors_reading import SafetensorsFile, read_tensors
 from distckpt.manifest import FileEntry, digest
 from distckpt.stores.local import LocalStore
@@ -51,16 +51,6 @@ def write(store: LocalStore, tensors: dict[str, Tensor]) -> FileEntry:
     data = safetensors.torch.save(tensors)
     (store.root / NAME).write_bytes(data)
     return FileEntry(NAME, len(data), digest(data))
-
-
-def of_every_dtype() -> dict[str, Tensor]:
-    tensors = {}
-    for dtype in DTYPES:
-        data = torch.randint(0, 2 if dtype is torch.bool else 256, (6 * dtype.itemsize,), dtype=torch.uint8)
-        tensors[f"some.{dtype}"] = data.view(dtype).view(2, 3)
-        tensors[f"one.{dtype}"] = data.view(dtype)[:1].clone().view(())
-        tensors[f"none.{dtype}"] = torch.empty((2, 0, 3), dtype=dtype)
-    return tensors
 
 
 def test_we_read_every_bit_of_what_stock_safetensors_wrote(store):
