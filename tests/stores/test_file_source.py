@@ -142,15 +142,22 @@ def test_a_file_is_in_the_page_cache_if_nine_tenths_of_it_are(cold, share, expec
         assert is_cached(file.fileno(), len(CONTENT)) is expected
 
 
+def test_to_ask_whether_it_is_there_brings_nothing_there(cold):
+    with (cold.root / "file").open("rb", buffering=0) as file:
+        for _ in range(10):
+            assert not is_cached(file.fileno(), len(CONTENT))
+    assert pages_in_cache(cold.root / "file") == 0
+
+
 def test_where_nobody_tells_what_is_in_the_page_cache_it_is_read_through_it(cold, reads, monkeypatch):
-    real = os.preadv
+    real = mmap.mmap
 
-    def preadv(fd, buffers, offset, flags=0):
-        if flags:
-            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
-        return real(fd, buffers, offset)
+    def mapped(fd, *args, **named):
+        if fd != -1:
+            raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+        return real(fd, *args, **named)
 
-    monkeypatch.setattr(os, "preadv", preadv)
+    monkeypatch.setattr(mmap, "mmap", mapped)
     assert content(cold) == CONTENT
     assert {how for how, _ in reads.told} == {"cached"}
 
@@ -262,8 +269,12 @@ def test_a_disk_that_refuses_to_be_asked_is_read_through_the_page_cache(cold, re
 
 
 def test_without_memory_to_read_ahead_it_is_read_through_the_page_cache(cold, reads, monkeypatch):
-    def refuse(*args, **named):
-        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+    real = mmap.mmap
+
+    def refuse(fd, *args, **named):
+        if fd == -1:
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+        return real(fd, *args, **named)
 
     monkeypatch.setattr(mmap, "mmap", refuse)
     assert content(cold) == CONTENT
