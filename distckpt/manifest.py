@@ -6,6 +6,7 @@ so that "the record is there" and "these are the bytes that were committed" are 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -45,20 +46,24 @@ class FileEntry:
 
 
 @dataclass(frozen=True)
-class TensorEntry:
-    """One tensor of a checkpoint: the file it lies in, its key there, its dtype and its global shape."""
+class TensorGroup:
+    """The tensors of one file that have one dtype and one global shape, by their keys: a model has many tensors, and
+    few kinds of them."""
 
     file: str
-    key: str
     dtype: str
     shape: tuple[int, ...]
+    keys: tuple[str, ...]
 
     @classmethod
-    def from_fields(cls, fields: Any, what: str) -> TensorEntry:
-        entry = _exactly(fields, {"file": str, "key": str, "dtype": str, "shape": list}, what)
-        if not all(type(extent) is int and extent >= 0 for extent in entry["shape"]):
-            raise ValueError(f"{what}: {ascii(entry['key'])[:80]} has the shape {ascii(entry['shape'])[:80]}")
-        return cls(**entry | {"shape": tuple(entry["shape"])})
+    def from_fields(cls, fields: Any, what: str) -> TensorGroup:
+        group = _exactly(fields, {"file": str, "dtype": str, "shape": list, "keys": list}, what)
+        shape, keys = group["shape"], group["keys"]
+        if not all(type(extent) is int and extent >= 0 for extent in shape):
+            raise ValueError(f"{what}: tensors of {ascii(group['file'])[:80]} have the shape {ascii(shape)[:80]}")
+        if not set(map(type, keys)) <= {str}:
+            raise ValueError(f"{what}: tensors of {ascii(group['file'])[:80]} have keys that are no words")
+        return cls(group["file"], group["dtype"], tuple(shape), tuple(keys))
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,7 @@ class Manifest:
     attempt: int
     serial: int
     files: tuple[FileEntry, ...]
-    tensors: tuple[TensorEntry, ...] = ()
+    tensors: tuple[TensorGroup, ...] = ()
     metrics: Mapping[str, float] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -96,7 +101,14 @@ class Manifest:
         return sum(file.size_bytes for file in self.files)
 
     def to_json(self) -> bytes:
-        return strict_json.dump(asdict(self))
+        return strict_json.dump(
+            {
+                **{one.name: getattr(self, one.name) for one in dataclasses.fields(self)},
+                "progress": asdict(self.progress),
+                "files": [vars(one) for one in self.files],
+                "tensors": [vars(one) for one in self.tensors],
+            }
+        )
 
     @classmethod
     def from_json(cls, data: bytes, what: str) -> Manifest:
@@ -115,7 +127,7 @@ class Manifest:
             return cls(
                 **common,
                 files=_files(files, what),
-                tensors=tuple(TensorEntry.from_fields(one, what) for one in tensors),
+                tensors=tuple(TensorGroup.from_fields(one, what) for one in tensors),
                 seconds=_numbers(take(fields, "seconds", dict, what), what),
                 environment=_words(take(fields, "environment", dict, what), what),
                 read_with=take(fields, "read_with", str, what),

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from distckpt.catalog import Catalog, Draft
 from distckpt.errors import DistckptError, RankFailure, SaveFailed, Superseded
 from distckpt.formats import Format, Staged, Written
-from distckpt.manifest import FileEntry, Manifest, Record, TensorEntry
+from distckpt.manifest import FileEntry, Manifest, Record, TensorGroup
 from distckpt.progress import Progress
 from distckpt.ranks import Json, Ranks, from_leader, is_leader, together
 from distckpt.stores import Store
@@ -104,7 +104,7 @@ def _write(job: Job, store: Store, draft: Draft) -> Json:
         store.settle(draft.path)  # each client of a network file system must do it for its own names
     return {
         "files": [[file.path, file.size_bytes, file.xxh3_128] for file in written.files],
-        "tensors": [[one.file, one.key, one.dtype, list(one.shape)] for one in written.tensors],
+        "tensors": [[one.file, one.dtype, one.shape, one.keys] for one in written.tensors],
         "measures": dict(written.measures),
     }
 
@@ -121,7 +121,7 @@ def _commit(catalog: Catalog | None, draft: Draft, job: Job, format: Format, tol
         attempt=0,
         serial=0,
         files=tuple(file for one in written for file in one.files),
-        tensors=tuple(tensor for one in written for tensor in one.tensors),
+        tensors=tuple(group for one in written for group in one.tensors),
         metrics=job.metrics,
         seconds=clock.seconds,
         environment=job.environment,
@@ -135,7 +135,7 @@ def _commit(catalog: Catalog | None, draft: Draft, job: Job, format: Format, tol
 def _to_written(told: Any) -> Written:
     return Written(
         files=tuple(FileEntry(*one) for one in told["files"]),
-        tensors=tuple(TensorEntry(file, key, dtype, tuple(shape)) for file, key, dtype, shape in told["tensors"]),
+        tensors=tuple(TensorGroup(*kind, tuple(shape), tuple(keys)) for *kind, shape, keys in told["tensors"]),
     )
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from distckpt import strict_json
 from distckpt.errors import DamagedCheckpoint, NewerVersion
-from distckpt.manifest import VERSION, FileEntry, Manifest, Record, TensorEntry, digest
+from distckpt.manifest import VERSION, FileEntry, Manifest, Record, TensorGroup, digest
 from distckpt.progress import Progress
 
 RECORD = Record(
@@ -37,7 +37,7 @@ MANIFEST = Manifest(
     attempt=3,
     serial=7,
     files=(FileEntry("model.safetensors", 4096, "a" * 32), FileEntry("state.json", 2, "b" * 32)),
-    tensors=(TensorEntry("model.safetensors", "layer.weight", "F32", (4, 6)),),
+    tensors=(TensorGroup("model.safetensors", "F32", (4, 6), ("layer.weight", "head.weight")),),
     metrics={"val/loss": 0.25},
     seconds={"write": 0.5},
     environment={"torch": "2.13.0"},
@@ -66,7 +66,10 @@ manifests = st.builds(
         tuple
     ),
     tensors=st.lists(
-        st.builds(TensorEntry, words, words, words, st.lists(count, max_size=3).map(tuple)), max_size=3
+        st.builds(
+            TensorGroup, words, words, st.lists(count, max_size=3).map(tuple), st.lists(words, max_size=3).map(tuple)
+        ),
+        max_size=3,
     ).map(tuple),
     seconds=numbers,
     environment=st.dictionaries(words, words, max_size=2),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 import threading
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable
+from operator import itemgetter
 from typing import NamedTuple
 
 from torch import Tensor
@@ -24,35 +26,33 @@ for _function in (_move, _move_small):
 
 
 class Piece(NamedTuple):
-    """So many bytes of one block, and how the address is found that they are copied from."""
+    """So many bytes that are copied to ``offset``, and how the address is found that they are copied from."""
 
     offset: int
     size: int
     source: Callable[[], int]
-    skipped: int = 0
-
-    @property
-    def block(self) -> int:
-        """The number of the block that they lie in."""
-        return self.offset // BLOCK_BYTES
+    skipped: int = 0  # of what lies at that address
 
 
-def cut(offset: int, count: int, source: Callable[[], int]) -> list[Piece]:
-    """A copy of ``count`` bytes to ``offset``, as one piece for each block that it touches."""
-    if offset % BLOCK_BYTES + count <= BLOCK_BYTES:
-        return [Piece(offset, count, source)]
-    pieces = []
-    skipped = 0
-    while skipped < count:
-        part = min(count - skipped, BLOCK_BYTES - (offset + skipped) % BLOCK_BYTES)
-        pieces.append(Piece(offset + skipped, part, source, skipped))
-        skipped += part
-    return pieces
+def cut(piece: Piece) -> list[Piece]:
+    """The same bytes, as one piece for each block that they go to."""
+    offset, size, source, skipped = piece
+    if offset % BLOCK_BYTES + size <= BLOCK_BYTES:
+        return [piece]
+    parts = []
+    while size:
+        part = min(size, BLOCK_BYTES - offset % BLOCK_BYTES)
+        parts.append(Piece(offset, part, source, skipped))
+        offset, size, skipped = offset + part, size - part, skipped + part
+    return parts
 
 
 def move(target: int, source: int | bytes, count: int) -> None:
     """``count`` bytes are copied; the GIL is released where that is worth it."""
     (_move if count >= SMALL_BYTES else _move_small)(target, source, count)
+
+
+_offset = itemgetter(0)
 
 
 class Copy:
@@ -67,16 +67,22 @@ class Copy:
         self._memory: Tensor | None = memory  # which is there for as long as somebody may copy into it
         self._base = memory.data_ptr()
         self._window_bytes = window_bytes
-        self._pieces = deque(pieces)
-        self._left = Counter([piece.block for piece in self._pieces])
+        self._whole = deque(sorted(pieces, key=_offset))
+        self._parts: deque[Piece] = deque()  # of the piece before those
+        self._copying: list[int] = []  # the offsets of parts that threads have taken
         self._freed = 0
         self._working = 0
         self._failure: Exception | None = None
         self._changed = threading.Condition()
 
+    @property
+    def is_done(self) -> bool:
+        """Whether all is copied."""
+        return not (self._copying or self._parts or self._whole)
+
     def start(self, threads: int) -> None:
         """So many threads work on it in the background."""
-        for _ in range(min(threads, len(self._pieces))):
+        for _ in range(min(threads, len(self._whole))):
             threading.Thread(target=self.work, name="distckpt-copy", daemon=True).start()
 
     def work(self) -> None:
@@ -108,7 +114,8 @@ class Copy:
         self.fail(error)
         with self._changed:
             self._changed.wait_for(lambda: not self._working)
-            self._pieces.clear()
+            self._whole.clear()
+            self._parts.clear()
             self._memory = None
 
     def free(self, blocks: int) -> None:
@@ -123,30 +130,43 @@ class Copy:
         Raises:
             what was told to `fail`.
         """
-        self._wait(lambda: not self._left)
+        self._wait(lambda: self.is_done)
 
     def wait_for(self, block: int) -> None:
-        """That block is filled.
+        """That block, and all before it, are filled.
 
         Raises:
             what was told to `fail`.
         """
-        self._wait(lambda: block not in self._left)
+        self._wait(lambda: self._block() > block)
 
     def _next(self) -> Piece | None:
         with self._changed:
-            return self._pieces.popleft() if self._pieces and self._failure is None else None
+            if self._failure is not None:
+                return None
+            if not self._parts and self._whole:
+                self._parts.extend(cut(self._whole.popleft()))
+            if not self._parts:
+                return None
+            self._copying.append(self._parts[0].offset)
+            return self._parts.popleft()
 
     def _copy(self, piece: Piece) -> None:
+        block = piece.offset // BLOCK_BYTES
         windows = self._window_bytes // BLOCK_BYTES
-        if piece.block >= self._freed + windows:
-            self._wait(lambda: piece.block < self._freed + windows)
+        if block >= self._freed + windows:
+            self._wait(lambda: block < self._freed + windows)
         move(self._base + piece.offset % self._window_bytes, piece.source() + piece.skipped, piece.size)
         with self._changed:
-            self._left[piece.block] -= 1
-            if not self._left[piece.block]:
-                del self._left[piece.block]
+            before = self._block()
+            self._copying.remove(piece.offset)
+            if self._block() != before:
                 self._changed.notify_all()
+
+    def _block(self) -> int:
+        """The first block that is not filled yet."""
+        ahead = [pieces[0].offset for pieces in (self._parts, self._whole) if pieces]
+        return min([*self._copying, *ahead], default=sys.maxsize) // BLOCK_BYTES
 
     def _wait(self, condition: Callable[[], bool]) -> None:
         with self._changed:

@@ -51,13 +51,10 @@ class Guard:
                     moments = optimizer.state.get(parameter)
                     if isinstance(moments, dict):  # some leave None for what another rank holds
                         tensors += [one for one in moments.values() if isinstance(one, Tensor)]
-        places = set()
-        for tensor in tensors:
-            try:
-                places.add((tensor.data_ptr(), tensor.nbytes))
-            except RuntimeError:  # no memory of its own (sparse, nested): nobody copies that late
-                continue
-        return places
+        try:
+            return {(tensor.data_ptr(), tensor.nbytes) for tensor in tensors}
+        except RuntimeError:  # one has no memory of its own (sparse, nested): nobody copies that late
+            return {place for tensor in tensors if (place := _place_of(tensor))}
 
     def hold(self, modules: Iterable[nn.Module]) -> None:
         """``load_state_dict`` of these modules, and of any module in them, waits, too, until `let_go`. Not for ever:
@@ -78,6 +75,13 @@ class Guard:
         """Nobody waits any more. Safe to call twice."""
         self.let_go()
         self._end()
+
+
+def _place_of(tensor: Tensor) -> Place | None:
+    try:
+        return tensor.data_ptr(), tensor.nbytes
+    except RuntimeError:
+        return None
 
 
 class _WaitBeforeLoad:

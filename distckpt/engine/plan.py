@@ -6,18 +6,28 @@ import ctypes
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from distckpt.engine.copying import SMALL_BYTES, Piece, cut, move
+from distckpt.engine.copying import SMALL_BYTES, Piece, move
 from distckpt.engine.guard import Place
-from distckpt.engine.witness import Witness, is_there
+from distckpt.engine.witness import Witnesses, is_there
 from distckpt.errors import DistckptError
 from distckpt.formats import Image
-from distckpt.manifest import TensorEntry
 
 _PAGE_BYTES = 4096
+
+
+class Name(NamedTuple):
+    """What people call a tensor: the file that it goes to, and its key there."""
+
+    file: str
+    key: str
+
+    def __str__(self) -> str:
+        return f"{self.key} of {self.file}"
 
 
 @dataclass
@@ -30,40 +40,49 @@ class Plan:
         odd: what torch has to copy: it lies on an accelerator, or not contiguous.
         now, late: large ones in host memory; those that may be copied beside training are late.
         late_odd: those on an accelerator that may.
-        witnesses: of all that is late.
+        names, witnesses: of all that is late.
     """
 
     starts: list[int] = field(default_factory=list)
     texts: list[tuple[int, bytes]] = field(default_factory=list)
-    small: list[tuple[int, Tensor]] = field(default_factory=list)
+    small: list[Tensor] = field(default_factory=list)
+    small_offsets: list[int] = field(default_factory=list)
     odd: list[tuple[int, Tensor]] = field(default_factory=list)
     now: list[Piece] = field(default_factory=list)
     late: list[Piece] = field(default_factory=list)
     late_odd: list[tuple[int, Tensor]] = field(default_factory=list)
-    witnesses: list[Witness] = field(default_factory=list)
+    names: list[Name] = field(default_factory=list)
+    witnesses: Witnesses = field(default_factory=Witnesses)
 
     @classmethod
-    def of(cls, images: Sequence[Image], *, may_be_late: Callable[[TensorEntry, Place], bool]) -> Plan:
-        """The plan of a copy that has memory for everything at once."""
+    def of(cls, images: Sequence[Image], *, may_be_late: Callable[[Place, Image, int], bool]) -> Plan:
+        """The plan of a copy that has memory for everything at once.
+
+        Args:
+            may_be_late: of the tensor that lies there, the how-manieth of an image.
+        """
         plan = cls(starts=starts(images))
         for image, start in zip(images, plan.starts, strict=False):
             plan.texts += [(start + offset, text) for offset, text in image.texts]
-            for nth, (offset, tensor) in enumerate(image.tensors):
-                plan._place(start + offset, tensor, image, nth, may_be_late)
+            for nth, (tensor, offset) in enumerate(zip(image.tensors, image.offsets, strict=True)):
+                size = tensor.nbytes
+                if 0 < size < SMALL_BYTES and tensor.is_cpu and _lies_as_it_reads(tensor):
+                    plan.small.append(tensor)
+                    plan.small_offsets.append(start + offset)
+                elif size:
+                    plan._place(start + offset, tensor, image, nth, may_be_late)
+        plan.witnesses.look()
         return plan
 
     @classmethod
     def in_order(cls, images: Sequence[Image]) -> Plan:
-        """The plan of a copy that has memory for a part of it at a time: everything in pieces, from the first to the
-        last."""
+        """The plan of a copy that has memory for a part of it at a time: everything in pieces."""
         plan = cls(starts=starts(images))
         for image, start in zip(images, plan.starts, strict=False):
-            for offset, text in image.texts:
-                plan.now += cut(start + offset, len(text), _Text(text))
-            for offset, tensor in image.tensors:
-                if tensor.numel():
-                    plan.now += cut(start + offset, tensor.nbytes, _Contiguous(tensor))
-        plan.now.sort(key=lambda piece: piece.offset)
+            plan.now += [Piece(start + offset, len(text), _Text(text)) for offset, text in image.texts if text]
+            for tensor, offset in zip(image.tensors, image.offsets, strict=True):
+                if tensor.nbytes:
+                    plan.now.append(Piece(start + offset, tensor.nbytes, _Contiguous(tensor)))
         return plan
 
     def scatter(self, arena: Tensor) -> None:
@@ -71,31 +90,25 @@ class Plan:
         base = arena.data_ptr()
         for offset, text in self.texts:
             move(base + offset, text, len(text))
-        for offset, tensor in self.small:
+        for tensor, offset in zip(self.small, self.small_offsets, strict=True):
             move(base + offset, tensor.data_ptr(), tensor.nbytes)
         odd = [(view(arena, offset, tensor), tensor) for offset, tensor in self.odd if tensor.device.type == "cpu"]
         if odd:
             torch._foreach_copy_([target for target, _ in odd], [tensor for _, tensor in odd])
 
     def _place(
-        self, offset: int, tensor: Tensor, image: Image, nth: int, may_be_late: Callable[[TensorEntry, Place], bool]
+        self, offset: int, tensor: Tensor, image: Image, nth: int, may_be_late: Callable[[Place, Image, int], bool]
     ) -> None:
-        count = tensor.nbytes
-        is_contiguous = tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg())
-        is_plain = is_contiguous and tensor.is_cpu
-        if count < SMALL_BYTES and (is_plain or not count):
-            if count:
-                self.small.append((offset, tensor))
-            return
         is_late = False
-        if is_contiguous and count >= SMALL_BYTES and nth < len(image.entries) and not tensor.is_inference():
-            address, entry = tensor.data_ptr(), image.entries[nth]
-            if is_late := may_be_late(entry, (address, count)):
-                self.witnesses.append(Witness.of(entry, offset, tensor, address, count))
-        if is_plain and is_late:
-            self.late += cut(offset, count, _Live(tensor, image.entries[nth]))
-        elif is_plain:
-            self.now += cut(offset, count, tensor.data_ptr)
+        if (is_flat := _lies_as_it_reads(tensor)) and image.keys and not tensor.is_inference():
+            place = (tensor.data_ptr(), tensor.nbytes)
+            is_late = tensor.nbytes >= SMALL_BYTES and may_be_late(place, image, nth)
+        if is_late:
+            self.names.append(Name(image.path, image.keys[nth]))
+            self.witnesses.add(tensor, offset)
+        if is_flat and tensor.is_cpu:
+            source = _Live(tensor, self.names[-1]) if is_late else tensor.data_ptr
+            (self.late if is_late else self.now).append(Piece(offset, tensor.nbytes, source))
         else:
             (self.late_odd if is_late else self.odd).append((offset, tensor))
 
@@ -107,6 +120,10 @@ def starts(images: Sequence[Image]) -> list[int]:
         end = found[-1] + image.size_bytes
         found.append(-(-end // _PAGE_BYTES) * _PAGE_BYTES)
     return found
+
+
+def _lies_as_it_reads(tensor: Tensor) -> bool:
+    return tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg())
 
 
 def view(arena: Tensor, offset: int, tensor: Tensor) -> Tensor:
@@ -126,16 +143,15 @@ class _Text:
 class _Live:
     """Where a tensor lies, while training may give it other memory."""
 
-    def __init__(self, tensor: Tensor, entry: TensorEntry) -> None:
+    def __init__(self, tensor: Tensor, name: Name) -> None:
         self._tensor = tensor
         self._shape = tensor.shape
-        self._entry = entry
+        self._name = name
 
     def __call__(self) -> int:
         if self._tensor.shape != self._shape or not is_there(self._tensor):
             raise DistckptError(
-                f"{self._entry.key} of {self._entry.file} was given other memory while it was being copied: "
-                "wait_staged() is to be called before"
+                f"{self._name} was given other memory while it was being copied: wait_staged() is to be called before"
             )
         return self._tensor.data_ptr()
 

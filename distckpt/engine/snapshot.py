@@ -14,13 +14,11 @@ from torch import Tensor
 
 from distckpt.engine.arena import Arena
 from distckpt.engine.copying import BLOCK_BYTES, Copy
-from distckpt.engine.plan import Plan, view
+from distckpt.engine.plan import Name, Plan, view
 from distckpt.engine.transfer import Transfer
-from distckpt.engine.witness import Witness
 from distckpt.engine.writing import write_image
 from distckpt.errors import DistckptError
 from distckpt.formats import Image, Written
-from distckpt.manifest import TensorEntry
 from distckpt.stores import Store
 
 _log = logging.getLogger("distckpt")
@@ -33,7 +31,7 @@ class Staging:
     """The snapshot of ``images``; see `distckpt.formats.Staged` for what each method promises.
 
     What is late in ``plan`` is copied beside training. When that copy ends, each tensor is compared with what it was
-    before (see `Witness`), and nothing counts as written before all were found unchanged.
+    before (see `Witnesses`), and nothing counts as written before all were found unchanged.
 
     Args:
         suspects: tensors that were once found changed are added to it.
@@ -45,7 +43,7 @@ class Staging:
         images: Sequence[Image],
         plan: Plan,
         arena: Arena,
-        suspects: set[TensorEntry],
+        suspects: set[Name],
         *,
         is_paranoid: bool = False,
     ) -> None:
@@ -70,7 +68,7 @@ class Staging:
         self._changed = threading.Condition()
         self._catching_up = threading.Lock()
         self._failure: Exception | None = None
-        self._torn: list[TensorEntry] | None = None  # None: nobody has looked yet
+        self._torn: list[Name] | None = None  # None: nobody has looked yet
         self._generation = 0
 
     # On the training thread
@@ -120,8 +118,8 @@ class Staging:
                 for image, start, place in zip(images, starts, places, strict=False)
             ]
             if self._is_whole(generation):
-                tensors = tuple(entry for image in images for entry in image.entries)
-                return Written(tuple(entries), tensors, dict(self._measures))
+                groups = tuple(group for image in images for group in image.groups)
+                return Written(tuple(entries), groups, dict(self._measures))
             for place in places:
                 store.delete(place)
 
@@ -160,7 +158,7 @@ class Staging:
         except Exception as error:  # whoever waits for it raises it
             self._fail(error)
 
-    def _catch_up(self, correct: Callable[[Sequence[TensorEntry]], None]) -> None:
+    def _catch_up(self, correct: Callable[[Sequence[Name]], None]) -> None:
         """All that was late is copied, and ``correct`` has done what is to be done where some of it was changed. What
         goes wrong is raised by the save, and never here."""
         with self._catching_up:  # several threads may take steps: each waits until it is right
@@ -176,16 +174,15 @@ class Staging:
     def _judge(self) -> None:
         with self._changed:
             if self._torn is None:
+                base, plan = self._memory.data_ptr(), self._plan
+                torn = plan.witnesses.changed(base)
                 if self._is_paranoid:
                     self._transfer_late.wait()
-                self._torn = [one.entry for one in self._plan.witnesses if self._was_changed(one)]
+                    torn = sorted({*torn, *plan.witnesses.different(base)})
+                self._torn = [plan.names[nth] for nth in torn]
                 self._changed.notify_all()
 
-    def _was_changed(self, one: Witness) -> bool:
-        base = self._memory.data_ptr()
-        return one.was_changed(base) or (self._is_paranoid and one.differs(base))
-
-    def _retake(self, torn: Sequence[TensorEntry]) -> None:
+    def _retake(self, torn: Sequence[Name]) -> None:
         memory, plan = self._held()
         again = Copy(memory, self._window_bytes, plan.late)
         try:
@@ -208,7 +205,7 @@ class Staging:
             self._torn = []
             self._changed.notify_all()
 
-    def _refuse(self, torn: Sequence[TensorEntry]) -> None:
+    def _refuse(self, torn: Sequence[Name]) -> None:
         self._suspects.update(torn)
         self._fail(
             DistckptError(
@@ -261,6 +258,6 @@ class Staging:
         self._begun.set()
 
 
-def _names(torn: Sequence[TensorEntry]) -> str:
+def _names(torn: Sequence[Name]) -> str:
     more = f" and {len(torn) - _SHOWN} more tensors" if len(torn) > _SHOWN else ""
-    return ", ".join(f"{one.key} of {one.file}" for one in torn[:_SHOWN]) + more
+    return ", ".join(map(str, torn[:_SHOWN])) + more

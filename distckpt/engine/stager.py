@@ -15,10 +15,9 @@ from distckpt.engine.arena import Arena
 from distckpt.engine.copying import BLOCK_BYTES
 from distckpt.engine.guard import Guard, Place
 from distckpt.engine.memory import available_bytes
-from distckpt.engine.plan import Plan, starts
+from distckpt.engine.plan import Name, Plan, starts
 from distckpt.engine.snapshot import Staging
 from distckpt.formats import Image
-from distckpt.manifest import TensorEntry
 
 _log = logging.getLogger("distckpt")
 
@@ -51,7 +50,7 @@ class Stager:
         self._guard = Guard(self.wait_staged)
         self._arena: Arena | None = None
         self._current: Staging | None = None
-        self._suspects: set[TensorEntry] = set()
+        self._suspects: set[Name] = set()
 
     def reserve(self, size_bytes: int, *, is_pinned: bool = False) -> None:
         """There is memory for a state of so many bytes, or for as much of it as fits; it is touched in the background.
@@ -84,7 +83,7 @@ class Stager:
             DistckptError: where there is no memory for it.
         """
         total_bytes = starts(images)[-1]
-        on_device = any(tensor.device.type != "cpu" for image in images for _, tensor in image.tensors)
+        on_device = not all(tensor.is_cpu for image in images for tensor in image.tensors)
         self.reserve(total_bytes, is_pinned=on_device)
         assert self._arena is not None
         if total_bytes > self._arena.size_bytes:
@@ -128,8 +127,10 @@ class Stager:
     def _lazy_plan(self, images: Sequence[Image]) -> Plan:
         guarded = cache(self._guard.guarded)  # asked for once there is a tensor that is large enough
 
-        def may_be_late(entry: TensorEntry, place: Place) -> bool:
-            return place in guarded() and not (self._suspects and entry in self._suspects)
+        def may_be_late(place: Place, image: Image, nth: int) -> bool:
+            if self._suspects and Name(image.path, image.keys[nth]) in self._suspects:
+                return False
+            return place in guarded()
 
         plan = Plan.of(images, may_be_late=may_be_late)
         if plan.witnesses:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from distckpt.manifest import FileEntry, Manifest, TensorEntry
+from distckpt.manifest import FileEntry, Manifest, TensorGroup
 from distckpt.stores import Store
 
 if TYPE_CHECKING:
@@ -47,18 +47,23 @@ class Image:
     Attributes:
         path: its path in the checkpoint's folder; ``""`` where the checkpoint is this one file.
         texts: bytes that are known already, by their offset.
-        tensors: whose elements, contiguous and in this machine's byte order, stand at that offset. They are the live
-            ones that training goes on with: nothing was copied.
+        tensors: whose elements stand there contiguous and in this machine's byte order. They are the live ones that
+            training goes on with: nothing was copied.
+        offsets: where each of them begins.
+        keys: what each is called; there are none where nobody could tell them apart, which is how none of them is
+            copied beside training.
+        groups: what the manifest says of them.
         sums: what is filled in as the bytes pass by on their way to the store.
-        entries: what the manifest says of the tensors.
     """
 
     path: str
     size_bytes: int
     texts: Sequence[tuple[int, bytes]]
-    tensors: Sequence[tuple[int, Tensor]] = ()
+    tensors: Sequence[Tensor] = ()
+    offsets: Sequence[int] = ()
+    keys: Sequence[str] = ()
+    groups: tuple[TensorGroup, ...] = ()
     sums: Sequence[Sum] = ()
-    entries: tuple[TensorEntry, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,7 @@ class Written:
     """
 
     files: tuple[FileEntry, ...] = ()
-    tensors: tuple[TensorEntry, ...] = ()
+    tensors: tuple[TensorGroup, ...] = ()
     measures: Mapping[str, float] = field(default_factory=dict)
 
 

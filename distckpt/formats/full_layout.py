@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,12 +22,12 @@ class _Part:
 
     form: Form
     image: Image | None
-    places: tuple[tuple[int, int], ...]
+    places: Sequence[int]  # where each tensor of the image stands among those that the form finds
 
     def image_of(self, tensors: list[Tensor]) -> list[Image]:
         if self.image is None:
             return []
-        return [replace(self.image, tensors=[(offset, tensors[nth]) for offset, nth in self.places])]
+        return [replace(self.image, tensors=[tensors[nth] for nth in self.places])]
 
 
 class FullLayouts:
@@ -59,9 +59,7 @@ class FullLayouts:
         value, found, tied = trees.encode(state, part)
         image = lay_out(layout.part_file(part), found, tied) if found else None
         if (form := Form.of(state, found, part)) is not None:
-            keys = [entry.key for entry in image.entries] if image else []
-            offsets = [offset for offset, _ in image.tensors] if image else []
-            places = tuple((offset, form.keys[key]) for offset, key in zip(offsets, keys, strict=True))
+            places = [form.keys[key] for key in image.keys] if image else []
             self._known[part] = _Part(form, image and replace(image, tensors=()), places)
         else:
             self._known.pop(part, None)

@@ -34,7 +34,7 @@ class OpenedFull:
         self._entries = {entry.path: entry for entry in manifest.files}
         self._committed: defaultdict[str, dict[str, tuple[str, tuple[int, ...]]]] = defaultdict(dict)
         for one in manifest.tensors:
-            self._committed[one.file][one.key] = (one.dtype, one.shape)
+            self._committed[one.file].update(dict.fromkeys(one.keys, (one.dtype, one.shape)))
         self._files: dict[str, SafetensorsFile] = {}
         self._stand_ins: dict[tuple[str, str, Reference], Tensor] = {}
         self._places: dict[int, tuple[str, str]] = {}

@@ -8,6 +8,7 @@ size of their elements, so that each lies aligned.
 from __future__ import annotations
 
 import struct
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,28 +17,29 @@ from torch import Tensor
 from distckpt import strict_json
 from distckpt.formats import Image
 from distckpt.formats.safetensors_file import DTYPES
-from distckpt.manifest import TensorEntry
+from distckpt.manifest import TensorGroup
 
 _ALIGNMENT = 4096
 
 
 def lay_out(path: str, tensors: Mapping[str, Tensor], aliases: Mapping[str, str]) -> Image:
-    """The file ``path`` of these ``tensors``, of dtypes in `DTYPES`. Each has its entry, in the same order.
+    """The file ``path`` of these ``tensors``, of dtypes in `DTYPES`, in the order in which they lie there.
 
     Args:
         aliases: other keys by which a tensor is known, and its key; they go to the metadata of the file, as
             ``safetensors.torch.save_model`` has it and ``load_model`` reads it.
     """
     fields: dict[str, Any] = {"__metadata__": {"format": "pt", **aliases}}
-    places: list[tuple[int, Tensor]] = []
-    entries: list[TensorEntry] = []
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())
+    begins: list[int] = []
+    alike: defaultdict[tuple[str, tuple[int, ...]], list[str]] = defaultdict(list)
     end = 0
-    for key, tensor in sorted(tensors.items(), key=lambda item: -item[1].element_size()):
+    for key, tensor in ordered:
         begin, end = end, end + tensor.numel() * tensor.element_size()
         dtype, shape = DTYPES[tensor.dtype], tuple(tensor.shape)
-        fields[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
-        places.append((begin, tensor))
-        entries.append(TensorEntry(path, key, dtype, shape))
+        fields[key] = {"dtype": dtype, "shape": shape, "data_offsets": (begin, end)}
+        begins.append(begin)
+        alike[dtype, shape].append(key)
     text = strict_json.dump(fields)
     text += b" " * (-(8 + len(text)) % _ALIGNMENT)
     header = struct.pack("<Q", len(text)) + text
@@ -45,6 +47,8 @@ def lay_out(path: str, tensors: Mapping[str, Tensor], aliases: Mapping[str, str]
         path,
         len(header) + end,
         texts=((0, header),),
-        tensors=[(len(header) + begin, tensor) for begin, tensor in places],
-        entries=tuple(entries),
+        tensors=[tensor for _, tensor in ordered],
+        offsets=[len(header) + begin for begin in begins],
+        keys=[key for key, _ in ordered],
+        groups=tuple(TensorGroup(path, *kind, tuple(keys)) for kind, keys in alike.items()),
     )

@@ -49,9 +49,9 @@ class ZipLayout:
             records = self._records = _Records(len(pickled.data), pickled.sizes)
         serial = str(xxhash.xxh3_128_intdigest(pickled.data)).zfill(_SERIAL_BYTES).encode()
         texts = [*records.archive.texts, (records.pickle_at, pickled.data), (records.serial_at, serial)]
-        places = zip(records.tensors_at, pickled.tensors, pickled.sizes, strict=True)
-        tensors = [(at, tensor) for at, tensor, size_bytes in places if size_bytes]
-        return Image("", records.archive.size_bytes, texts, tensors, records.archive.sums)
+        tensors = [tensor for tensor, size_bytes in zip(pickled.tensors, pickled.sizes, strict=True) if size_bytes]
+        archive = records.archive
+        return Image("", archive.size_bytes, texts, tensors, records.filled_at, sums=archive.sums)
 
 
 class _Records:
@@ -68,6 +68,7 @@ class _Records:
         self.archive.add_text(".storage_alignment", str(alignment).encode())
         self.archive.add_text("byteorder", sys.byteorder.encode())
         self.tensors_at = [self.archive.add(f"data/{nth}", size_bytes) for nth, size_bytes in enumerate(sizes)]
+        self.filled_at = [at for at, size_bytes in zip(self.tensors_at, sizes, strict=True) if size_bytes]
         self.archive.add_text("version", b"3\n")
         self.serial_at = self.archive.add(".data/serialization_id", _SERIAL_BYTES)
         self.archive.finish()

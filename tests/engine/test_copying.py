@@ -33,7 +33,7 @@ def random_bytes(count: int) -> Tensor:
 
 def pieces_of(source: Tensor) -> list[Piece]:
     """One for each block of it."""
-    return cut(0, source.nbytes, source.data_ptr)
+    return [Piece(0, source.nbytes, source.data_ptr)]
 
 
 class Gate:
@@ -55,12 +55,12 @@ class Gate:
 
 @given(st.integers(0, 5 * BLOCK_BYTES), st.integers(1, 5 * BLOCK_BYTES))
 def test_pieces_are_all_of_it_and_each_lies_in_one_block(offset, count):
-    pieces = cut(offset, count, lambda: 0)
+    pieces = cut(Piece(offset, count, lambda: 0))
     assert [one.offset for one in pieces] == [offset + one.skipped for one in pieces]
     assert [one.skipped for one in pieces[1:]] == [one.skipped + one.size for one in pieces[:-1]]
     assert pieces[0].skipped == 0 and sum(one.size for one in pieces) == count
     for one in pieces:
-        assert one.size > 0 and one.offset // BLOCK_BYTES == (one.offset + one.size - 1) // BLOCK_BYTES == one.block
+        assert one.size > 0 and one.offset // BLOCK_BYTES == (one.offset + one.size - 1) // BLOCK_BYTES
 
 
 @pytest.mark.parametrize("count", [1, 7, SMALL_BYTES - 1, SMALL_BYTES, 3 * SMALL_BYTES + 5])
@@ -97,21 +97,23 @@ def test_a_copy_of_nothing_is_done():
     copy.wait_for(0)
 
 
-def test_whoever_needs_a_block_waits_for_all_of_that_one_and_for_no_other(blocks):
+def test_whoever_needs_a_block_waits_for_all_up_to_that_one_and_for_none_behind(blocks):
     source, target = random_bytes(3 * BLOCK), torch.zeros(3 * BLOCK, dtype=torch.uint8)
     first, second = Gate(source), Gate(source[BLOCK : BLOCK + 100])
-    pieces = [Piece(0, BLOCK, first), Piece(BLOCK, 100, second), *cut(BLOCK + 100, 2 * BLOCK - 100, source.data_ptr)]
-    copy = Copy(target, 3 * BLOCK, pieces)
+    rest = Piece(BLOCK + 100, 2 * BLOCK - 100, source[BLOCK + 100 :].data_ptr)
+    copy = Copy(target, 3 * BLOCK, [rest, Piece(BLOCK, 100, second), Piece(0, BLOCK, first)])
     copy.start(2)
     assert first.asked.wait(20) and second.asked.wait(20)
     copy.work()
-    copy.wait_for(2)  # the first two are still being copied
-    waiting = Background(lambda: copy.wait_for(1))
-    assert not waiting.ended(0.05)
-    second.opened.set()
-    waiting.result()
+    waiting = [Background(lambda: copy.wait_for(0)), Background(lambda: copy.wait_for(2))]
+    assert not waiting[0].ended(0.05)
     first.opened.set()
+    waiting[0].result()
+    assert not waiting[1].ended(0.05)
+    second.opened.set()
+    waiting[1].result()
     copy.wait()
+    assert torch.equal(target, source)
 
 
 # A window

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,19 +15,17 @@ from torch import Tensor, nn
 from distckpt.engine.copying import BLOCK_BYTES, SMALL_BYTES, Copy
 from distckpt.engine.plan import Plan, starts
 from distckpt.formats import Image
-from distckpt.manifest import TensorEntry
 
 LARGE = (200, 200)  # in float32 160 kB
 
 
 def image_of(*tensors: Tensor, text: bytes = b"head") -> Image:
     """A file with these one behind the other, and nothing to align them: a format may do that."""
-    placed, entries, end = [], [], len(text)
-    for nth, one in enumerate(tensors):
-        placed.append((end, one))
-        entries.append(TensorEntry("file", str(nth), "?", tuple(one.shape)))
+    offsets, end = [], len(text)
+    for one in tensors:
+        offsets.append(end)
         end += one.nbytes
-    return Image("file", end, ((0, text),), placed, entries=tuple(entries))
+    return Image("file", end, ((0, text),), tensors, offsets, keys=[str(nth) for nth in range(len(tensors))])
 
 
 def bytes_of(image: Image) -> bytes:
@@ -34,7 +33,7 @@ def bytes_of(image: Image) -> bytes:
     found = bytearray(image.size_bytes)
     for offset, text in image.texts:
         found[offset : offset + len(text)] = text
-    for offset, tensor in image.tensors:
+    for offset, tensor in zip(image.offsets, image.tensors, strict=True):
         found[offset : offset + tensor.nbytes] = bits(tensor)
     return bytes(found)
 
@@ -107,8 +106,13 @@ def test_who_decides_what_is_late_is_told_where_it_lies():
     large, again, turned = torch.rand(LARGE), torch.rand(LARGE), torch.rand(LARGE).t()
     told: list[Any] = []
     Plan.of([image_of(large, torch.rand(3), turned, again)], may_be_late=lambda *one: told.append(one) or False)
-    assert [place for _, place in told] == [(large.data_ptr(), large.nbytes), (again.data_ptr(), again.nbytes)]
-    assert [entry.key for entry, _ in told] == ["0", "3"]
+    assert [place for place, _, _ in told] == [(large.data_ptr(), large.nbytes), (again.data_ptr(), again.nbytes)]
+    assert [image.keys[nth] for _, image, nth in told] == ["0", "3"]
+
+
+def test_what_nobody_could_name_is_copied_at_once():
+    image = replace(image_of(torch.rand(LARGE)), keys=())
+    assert counts(Plan.of([image], may_be_late=lambda *_: True)) == {"now": 1}
 
 
 def test_a_tensor_of_inference_mode_has_no_version_and_is_copied_at_once():
@@ -154,12 +158,11 @@ def test_all_ways_together_fill_the_image(tensors, late):
 
 
 @given(st.lists(TENSORS, max_size=6))
-def test_where_there_is_memory_for_a_part_everything_comes_in_its_order(tensors):
+def test_where_there_is_memory_for_a_part_everything_comes_in_pieces(tensors):
     image = aligned(tensors)
     plan = Plan.in_order([image])
-    offsets = [piece.offset for piece in plan.now]
-    assert offsets == sorted(offsets) and sum(piece.size for piece in plan.now) == image.size_bytes
-    assert counts(plan) == {"now": len(offsets)} and not plan.texts
+    assert sum(piece.size for piece in plan.now) == image.size_bytes
+    assert counts(plan) == {"now": len(plan.now)} and not plan.texts
     arena = torch.full((plan.starts[-1],), 0xA5, dtype=torch.uint8)
     copy = Copy(arena, (plan.starts[-1] // BLOCK_BYTES + 1) * BLOCK_BYTES, plan.now)
     copy.work()

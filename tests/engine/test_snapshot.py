@@ -15,14 +15,12 @@ from engine.trainings import Background, Save, Training, spelled
 
 from distckpt.engine import copying, plan, transfer
 from distckpt.engine.arena import Arena
-from distckpt.engine.plan import Plan
+from distckpt.engine.plan import Name, Plan
 from distckpt.engine.snapshot import Staging
 from distckpt.engine.stager import Stager
-from distckpt.engine.witness import Witness
 from distckpt.errors import DistckptError
 from distckpt.formats import Snapshot
 from distckpt.formats.full import FORMAT
-from distckpt.manifest import TensorEntry
 from distckpt.stores.local import LocalStore
 
 pytestmark = pytest.mark.timeout(60)
@@ -183,9 +181,11 @@ class OnDevice:
     def __init__(self, *, is_paranoid: bool = False) -> None:
         self.tensor = torch.rand(200, 200)
         self.arena = Arena(self.tensor.nbytes)
-        entry = TensorEntry("model.safetensors", "weight", "F32", (200, 200))
-        witness = Witness(entry, 0, self.tensor, self.tensor._version, b"", b"")
-        on_device = Plan(starts=[0, self.tensor.nbytes], late_odd=[(0, self.tensor)], witnesses=[witness])
+        on_device = Plan(starts=[0, self.tensor.nbytes], late_odd=[(0, self.tensor)])
+        on_device.names.append(Name("model.safetensors", "weight"))
+        on_device.witnesses.add(self.tensor, 0)
+        on_device.witnesses.look()
+        on_device.witnesses._sampled, on_device.witnesses._samples = [], b""  # as of one on an accelerator
         self.staging = Staging([], on_device, self.arena, set(), is_paranoid=is_paranoid)
 
     def judged(self) -> None:
@@ -218,7 +218,7 @@ def test_what_the_device_copies_is_not_judged_before_it_is_copied(device):
     one.tensor.add_(1)
     may_end.set()
     one.judged()
-    assert one.staging._torn == [one.staging._plan.witnesses[0].entry]
+    assert one.staging._torn == one.staging._plan.names
     one.close()
 
 

@@ -156,7 +156,7 @@ def test_accumulated_gradients_make_nobody_wait(lazy, held, tmp_path):
     save = Save(lazy, training.state(), tmp_path)
     for _ in range(3):
         training.backward()
-    assert save.staged._late._left, "a backward waited"
+    assert not save.staged._late.is_done, "a backward waited"
     assert saved_beside(save, training.optimizer.step, training)
 
 

@@ -8,29 +8,34 @@ import pytest
 import torch
 from torch import Tensor
 
-from distckpt.engine.witness import Witness
-from distckpt.manifest import TensorEntry
+from distckpt.engine.witness import Witnesses
 
-ENTRY = TensorEntry("model.safetensors", "weight", "F32", (256, 256))
 OFFSET = 4096
 
 
+def witnesses_of(tensor: Tensor, offset: int) -> Witnesses:
+    found = Witnesses()
+    found.add(tensor, offset)
+    found.look()
+    return found
+
+
 class Scene:
-    """A tensor, the memory that it is copied to, and a witness from before."""
+    """A tensor, the memory that it is copied to, and a witness of it from before."""
 
     def __init__(self) -> None:
         self.tensor = torch.rand(256, 256)
         self.memory = torch.zeros(OFFSET + self.tensor.nbytes, dtype=torch.uint8)
-        self.witness = Witness.of(ENTRY, OFFSET, self.tensor, self.tensor.data_ptr(), self.tensor.nbytes)
+        self.witnesses = witnesses_of(self.tensor, OFFSET)
 
     def copy(self) -> None:
         self.memory[OFFSET:].copy_(self.tensor.flatten().view(torch.uint8))
 
     def was_changed(self) -> bool:
-        return self.witness.was_changed(self.memory.data_ptr())
+        return bool(self.witnesses.changed(self.memory.data_ptr()))
 
     def differs(self) -> bool:
-        return self.witness.differs(self.memory.data_ptr())
+        return bool(self.witnesses.different(self.memory.data_ptr()))
 
 
 @pytest.fixture
@@ -80,10 +85,32 @@ def test_what_counts_as_a_change_is_one_wherever_it_is(change, scene):
 def test_the_alias_that_a_state_dict_has_knows_of_changes_of_the_parameter():
     parameter = torch.nn.Parameter(torch.rand(256, 256))
     alias = parameter.detach()
-    witness = Witness.of(ENTRY, 0, alias, alias.data_ptr(), alias.nbytes)
+    witnesses = witnesses_of(alias, 0)
     with torch.no_grad():
         parameter[100] += 1
-    assert witness.was_changed(alias.data_ptr())
+    assert witnesses.changed(alias.data_ptr())
+
+
+def test_of_several_those_that_changed_are_told():
+    tensors = [torch.rand(256, 256) for _ in range(6)]
+    witnesses = Witnesses()
+    for nth, tensor in enumerate(tensors):
+        witnesses.add(tensor, nth * tensor.nbytes)
+    witnesses.look()
+    silently(tensors[1], 3)
+    silently(tensors[4], -7)
+    tensors[4].add_(1)
+    tensors[5][100].zero_()
+    memory = torch.cat(tensors).view(torch.uint8)
+    assert witnesses.changed(memory.data_ptr()) == [1, 4, 5] and witnesses.different(memory.data_ptr()) == []
+    silently(tensors[2], 100_000)
+    assert witnesses.different(memory.data_ptr()) == [2]
+
+
+def test_a_tensor_that_has_grown_without_a_word_is_looked_for_where_it_was(scene):
+    scene.copy()
+    scene.tensor.data = torch.rand(256 * 1024)
+    assert not scene.was_changed(), "it is not its version that tells, nor bytes behind its place in the arena"
 
 
 @pytest.mark.parametrize("left", [0, 100])

@@ -100,7 +100,7 @@ class Save:
             self._local.make_folder(self._place)
         self.staged: Staging = stager.take(format.lay_out(Snapshot(state), 0))
         self.cut = copy.deepcopy(state)
-        self.late = {one.entry.key for one in self.staged._plan.witnesses}
+        self.late = {name.key for name in self.staged._plan.names}
         self.writing = Background(self._write) if is_written else None
         self.staged.stage()
 

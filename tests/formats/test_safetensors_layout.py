@@ -23,7 +23,10 @@ def bits(tensors: dict[str, Tensor]) -> dict[str, tuple[str, list[int], bytes]]:
 
 def to_bytes(image: Image) -> bytes:
     data = bytearray(image.size_bytes)
-    pieces = [*image.texts, *((offset, bits({"": one})[""][2]) for offset, one in image.tensors)]
+    pieces = [
+        *image.texts,
+        *((offset, bits({"": one})[""][2]) for offset, one in zip(image.offsets, image.tensors, strict=True)),
+    ]
     end = 0
     for offset, piece in sorted(pieces, key=lambda one: (one[0], len(one[1]))):
         assert offset == end, "there are no holes and no overlaps"

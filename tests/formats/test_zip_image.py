@@ -31,12 +31,17 @@ SERIAL = "archive/.data/serialization_id"
 GIB = 1 << 30
 
 
+def placed(image: Image) -> list[tuple[int, Tensor]]:
+    """Its tensors, and where they begin."""
+    return list(zip(image.offsets, image.tensors, strict=True))
+
+
 def bytes_of_image(image: Image) -> bytes:
     """The file, once it is filled in."""
     data = bytearray(image.size_bytes)
     for at, text in image.texts:
         data[at : at + len(text)] = text
-    for at, tensor in image.tensors:
+    for at, tensor in placed(image):
         elements = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
         data[at : at + tensor.nbytes] = elements.view(-1).view(torch.uint8).numpy().tobytes()
     for one in image.sums:
@@ -95,7 +100,7 @@ def same(one: Any, other: Any) -> bool:
 
 def comparable(image: Image) -> Any:
     """An image as a value that can be compared."""
-    tensors = [(at, id(tensor)) for at, tensor in image.tensors]
+    tensors = [(at, id(tensor)) for at, tensor in placed(image)]
     return image.size_bytes, sorted(image.texts), tensors, image.sums
 
 
@@ -175,7 +180,7 @@ def test_the_sums_in_it_are_right(state):
 @given(states())
 def test_texts_and_tensors_fill_it_without_holes_and_overlaps(state):
     image = lay_out(state)
-    spans = [(at, len(text)) for at, text in image.texts] + [(at, tensor.nbytes) for at, tensor in image.tensors]
+    spans = [(at, len(text)) for at, text in image.texts] + [(at, tensor.nbytes) for at, tensor in placed(image)]
     at = 0
     for begin, size in sorted(spans):
         assert begin == at
@@ -262,25 +267,25 @@ def test_tensors_are_the_live_ones_and_all_else_is_as_it_was():
     state["steps"].append(3)
     held = torch.load(io.BytesIO(bytes_of_image(image)), weights_only=True)
     assert held["weight"].tolist() == [1, 1] and (held["lr"], held["steps"]) == (0.1, [1, 2])
-    assert image.tensors[0][1] is weight
+    assert image.tensors[0] is weight
 
 
 def test_a_view_has_the_place_of_what_it_shows_only():
     base = torch.arange(1_000_000.0)
     image = lay_out({"head": base[:10], "some": base[::100_000]})
-    assert [tensor.nbytes for _, tensor in image.tensors] == [40, 40] and image.size_bytes < 4096
+    assert [tensor.nbytes for tensor in image.tensors] == [40, 40] and image.size_bytes < 4096
 
 
 def test_tensors_without_elements_have_no_place():
     image = lay_out([torch.zeros(0, 3), torch.ones(1), torch.ones(2)[:0]])
-    assert [tensor.nbytes for _, tensor in image.tensors] == [4]
+    assert [tensor.nbytes for tensor in image.tensors] == [4]
     assert [one.end - one.begin for one in image.sums][1:-1] == [4]
 
 
 @pytest.mark.parametrize(("elements", "alignment"), [(65_536, 4096), (65_535, 64)])
 def test_tensors_that_are_large_on_average_begin_on_pages(elements, alignment):
     image = lay_out([torch.zeros(elements), torch.zeros(elements)])
-    assert all(at % alignment == 0 for at, _ in image.tensors)
+    assert all(at % alignment == 0 for at in image.offsets)
     with zipfile.ZipFile(io.BytesIO(bytes_of_image(image))) as archive:
         assert archive.read("archive/.storage_alignment") == str(alignment).encode()
 
@@ -334,7 +339,7 @@ def test_files_of_other_values_have_other_numbers():
 def test_a_tensor_of_5_gib_can_be_mapped_from_a_file(tmp_path):
     large = torch.empty(5 * GIB, dtype=torch.uint8)  # nobody touches it, so it takes no memory
     image = lay_out({"before": torch.arange(3), "large": large, "after": torch.arange(4)})
-    (first, _), (begin, _), (last, _) = image.tensors
+    first, begin, last = image.offsets
     assert last > begin + 5 * GIB > image.size_bytes - 65_536
     path = tmp_path / "sparse.pth"
     with path.open("wb") as file:
