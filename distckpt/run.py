@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Protocol
 
-from distckpt import layout, strict_json
+from distckpt import layout
 from distckpt.agreeing import Request, Requests
 from distckpt.attempt import Attempt, Holder
 from distckpt.catalog import Catalog
@@ -22,6 +22,7 @@ from distckpt.ranks import Ranks, from_leader, is_leader, together
 from distckpt.restoring import F, Restored, restore_newest
 from distckpt.saving import Job, save
 from distckpt.stores import Store
+from distckpt.telling import Teller
 from distckpt.writer import Writer
 
 _log = logging.getLogger("distckpt")
@@ -81,7 +82,7 @@ class Run:
         self._format = format
         self._get_format = get_format
         self._keeping = keeping
-        self._on_event = on_event
+        self._teller = Teller(store, on_event)
         self.catalog = self._claim(continues)
         self.requests = Requests(ranks.fork("requests"), timeout)
         self._writer_ranks = ranks.fork("writer")
@@ -192,7 +193,7 @@ class Run:
         """The leader's writer does ``work`` after what it was given before. A failure of it is a warning: it changes
         labels, never what was saved. Not collective: on other ranks nothing happens."""
         if (catalog := self.catalog) is not None:
-            self._writer.submit(lambda: self._guarded("labels", lambda: work(catalog)))
+            self._writer.submit(lambda: self._teller.guard("labels", lambda: work(catalog)))
 
     def relabel(self, record: Record) -> None:
         """The record on disk will say what ``record`` says, and labels and retention follow."""
@@ -235,8 +236,8 @@ class Run:
             self.requests.close()
             self._writer.close(self.timeout.total_seconds())
             if self.catalog is not None:
-                self._guarded("end of the run", self.catalog.attempt.end)
-            self._guarded("end of the run", self.ranks.close)
+                self._teller.guard("end of the run", self.catalog.attempt.end)
+            self._teller.guard("end of the run", self.ranks.close)
 
     def own_records(self) -> list[Record]:
         """The committed checkpoints of this run, from the oldest to the newest, without those that a resume found
@@ -269,21 +270,10 @@ class Run:
         gone = self._keeping.to_delete(mine)
         for record in gone:
             catalog.delete(record)
-            self.tell("deleted", name=record.name)
+            self._teller.tell("deleted", name=record.name)
         left = [record for record in mine if record not in gone]
-        self._guarded("labels", lambda: self._keeping.label(catalog, left))
+        self._teller.guard("labels", lambda: self._keeping.label(catalog, left))
         catalog.sweep()
-
-    def tell(self, event: str, **fields: object) -> None:
-        """One record of what happened, to the log of events and to ``on_event``. Leader only."""
-        told = {"event": event, "time": round(time.time(), 3), **fields}
-        self._guarded("events", lambda: self.store.append(layout.EVENTS, strict_json.dump(told) + b"\n"))
-        if self._on_event is None:
-            return
-        try:
-            self._on_event(told)
-        except Exception as error:  # the user's own, which must not cost what was saved
-            _log.warning("%s: on_event raised for %r: %s: %s", self.store.url, event, type(error).__name__, error)
 
     def _claim(self, continues: str | None) -> Catalog | None:
         claimed: list[Attempt] = []
@@ -320,11 +310,14 @@ class Run:
         def after(record: Record, seconds: Mapping[str, float], measures: Mapping[str, float]) -> None:
             durable = time.monotonic() - began
             if then is not None:
-                self._guarded("labels", lambda: then(record))
+                self._teller.guard("labels", lambda: then(record))
             if catalog is not None:
-                self._guarded("retention", lambda: self.keep(catalog))
-            blocking = durable if blocked is None else blocked()
-            self._guarded("report", lambda: self._tell_saved(record, seconds, measures, blocking, durable))
+                self._teller.guard("retention", lambda: self.keep(catalog))
+            stopped = durable if blocked is None else blocked()
+            self._teller.guard(
+                "report",
+                lambda: self._teller.tell_saved(record, seconds, measures, blocked=stopped, durable=durable),
+            )
 
         try:
             return save(
@@ -338,48 +331,9 @@ class Run:
         except Exception as error:
             why = str(error)
             if is_leader(self.ranks):
-                self._guarded("report", lambda: self.tell("failed", step=job.progress.step, why=why))
+                self._teller.guard("report", lambda: self._teller.tell("failed", step=job.progress.step, why=why))
                 self.requests.ask(Request(_FAILURE, str(number)))
             raise
-
-    def _tell_saved(
-        self,
-        record: Record,
-        seconds: Mapping[str, float],
-        measures: Mapping[str, float],
-        blocked: float,
-        durable: float,
-    ) -> None:
-        self.tell(
-            "saved",
-            name=record.name,
-            step=record.progress.step,
-            reasons=list(record.reasons),
-            metrics=dict(record.metrics),
-            total_bytes=record.total_bytes,
-            blocked_seconds=round(blocked, 4),
-            durable_seconds=round(durable, 4),
-            gb_per_second=round(record.total_bytes / durable / 1e9, 3),
-            phases=dict(seconds),
-            engine=dict(measures),
-        )
-        told = "".join(f"  {name} {value:.6g}" for name, value in record.metrics.items())
-        _log.info(
-            "saved %s (%s)  blocked %.3f s  durable %.2f s  %.1f MB%s",
-            record.name,
-            ", ".join(record.reasons),
-            blocked,
-            durable,
-            record.total_bytes / 1e6,
-            told,
-        )
-
-    def _guarded(self, what: str, work: Callable[[], None]) -> None:
-        try:
-            work()
-        except (OSError, EOFError, DistckptError, ValueError) as error:
-            # What was committed stays committed; the next save tries again.
-            _log.warning("%s: %s of the run failed, and will be tried again: %s", self.store.url, what, error)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ POLICIES = {"schedule", "best", "retention", "contest", "selection", "words"}
 CONTRACTS = {"ranks", "stores", "formats"}
 FLOWS = {
     *("attempt", "agreeing", "catalog", "saving", "restoring", "writer", "run"),
-    *("judging", "keeping", "linked_keeping", "pointer", "triggers"),
+    *("judging", "keeping", "linked_keeping", "pointer", "telling", "triggers"),
 }
 HANDS_WITHOUT_TORCH = {
     "ranks.board",
