@@ -99,10 +99,11 @@ class Attempt:
             )
 
     def end(self) -> None:
-        """The directory is free for the next process. Leader only."""
+        """The directory is free for the next process, and what the store kept for this one is gone. Leader only."""
         if max(_numbers(self.store), default=self.number) == self.number:
             self._write_state("finished")
         self.store.release(layout.LOCK)
+        self.store.drop_spares()
 
     def _take_number(self) -> None:
         mark = layout.attempt_file(self.number)

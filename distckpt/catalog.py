@@ -26,6 +26,8 @@ _log = logging.getLogger("distckpt")
 # Not there, not a file, a link to somewhere else, larger than it can be, or bytes that the disk has lost.
 _LASTING = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.ELOOP, errno.ENXIO, errno.EFBIG, errno.EIO}
 
+_FILES_LEFT = (layout.DRAFT_PREFIX, layout.SPARE_PREFIX)
+
 _IN_BOTH = {one.name for one in fields(Record)} & {one.name for one in fields(Manifest)} - {"version"}
 
 
@@ -222,7 +224,7 @@ class Catalog:
         if layout.StepName.parse(record.name) is not None:
             self.store.delete(layout.record_of(record.name))
             self.store.settle()
-            self._discard(record.name)
+            self._discard(record.name, is_reusable=True)
         else:
             # A file has no claim in it: until it is gone, its record in the trash says that it was ours.
             trash = f"{layout.TRASH_PREFIX}{layout.record_of(record.name)}"
@@ -239,7 +241,7 @@ class Catalog:
         """
         self.attempt.check()
         entries = self.store.list()
-        left = [entry for entry in entries if entry.startswith((layout.DRAFT_PREFIX, layout.TRASH_PREFIX))]
+        left = [entry for entry in entries if entry.startswith((*_FILES_LEFT, layout.TRASH_PREFIX))]
         for entry in entries:
             if layout.StepName.parse(entry) and layout.record_of(entry) not in entries and self._is_ours(entry):
                 left.append(entry)
@@ -247,7 +249,7 @@ class Catalog:
             # A record whose removal is not durable must not come back without its folder.
             self.store.settle()
         for entry in left:
-            if entry.startswith(layout.DRAFT_PREFIX):
+            if entry.startswith(_FILES_LEFT):
                 self.store.delete(entry)
             elif (name := layout.recorded_by(entry.removeprefix(layout.TRASH_PREFIX))) is not None:
                 self._finish(entry, name)
@@ -269,14 +271,17 @@ class Catalog:
         number = claim.get("attempt")
         return claim.get("run") == self.attempt.run and type(number) is int and number <= self.attempt.number
 
-    def _discard(self, folder: str) -> None:
+    def _discard(self, folder: str, *, is_reusable: bool = False) -> None:
         trash = folder
         if not folder.startswith(layout.TRASH_PREFIX):
             trash = f"{layout.TRASH_PREFIX}{folder}-{secrets.token_hex(4)}"
             self.store.move(folder, trash)
             # Else a power cut could bring the old name back, with the claim gone that says whose it is.
             self.store.settle()
-        self.store.delete_folder(trash)
+        if is_reusable:
+            self.store.recycle_folder(trash)
+        else:
+            self.store.delete_folder(trash)
 
     def _finish(self, trash: str, name: str) -> None:
         if not self.store.exists(layout.record_of(name)):  # else it was saved again since

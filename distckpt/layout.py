@@ -19,9 +19,11 @@ LAST_CHECKPOINT = "last_checkpoint"  # of MMEngine: one line, the path of the fi
 SAVE = "SAVE"
 STOP = "STOP"
 
-# Names that begin so are never read as anything: a draft is not whole yet, trash is being deleted.
+# Names that begin so are never read as anything: a draft is not whole yet, trash is being deleted, and spares are what
+# is left of it to be written over.
 DRAFT_PREFIX = ".draft-"
 TRASH_PREFIX = ".trash-"
+SPARE_PREFIX = ".spare-"
 
 _STEP = re.compile(r"step-([0-9]{8,18})(?:\.([0-9]{1,9}))?")
 _ATTEMPT = re.compile(r"\.attempt-([0-9]{8,18})")

@@ -87,6 +87,8 @@ class FaultyStore:
             "point",
             "delete",
             "delete_folder",
+            "recycle_folder",
+            "drop_spares",
         )
     )
 

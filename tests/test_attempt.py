@@ -15,6 +15,7 @@ import pytest
 from distckpt import layout
 from distckpt.attempt import Attempt, Holder
 from distckpt.errors import DirectoryInUse, Superseded
+from distckpt.stores import spares
 from distckpt.stores.local import LocalStore
 from distckpt.testing import FaultyStore
 
@@ -287,6 +288,21 @@ def test_an_attempt_is_not_told_that_it_succeeded_itself(store):
     store.put(layout.attempt_file(2), b"a mark that was torn")
     with pytest.raises(Superseded, match="attempt 2 has taken over from attempt 1"):
         first.check()
+
+
+def test_at_its_end_nothing_is_kept_to_be_written_over_whether_it_was_succeeded_or_not(scratch, monkeypatch):
+    monkeypatch.setattr(spares, "LEAST_BYTES", 1)
+    for is_succeeded in (False, True):
+        store = LocalStore(scratch, recycles=True)
+        attempt = start(store)
+        store.make_folder("folder")
+        store.put("folder/file", b"bytes")
+        store.recycle_folder("folder")
+        if is_succeeded:
+            start(LocalStore(scratch), replace(HERE, pid=22))
+        assert list(scratch.glob(".spare-*"))
+        attempt.end()
+        assert not list(scratch.glob(".spare-*"))
 
 
 def test_the_end_of_an_attempt_that_was_succeeded_changes_nothing(store):

@@ -12,11 +12,13 @@ from distckpt.catalog import Catalog, Draft, read_manifest, read_record, refuse_
 from distckpt.errors import DamagedCheckpoint, NewerVersion, Superseded
 from distckpt.manifest import VERSION, FileEntry, Manifest, Record, digest
 from distckpt.progress import Progress
+from distckpt.stores import spares
 from distckpt.stores.local import LocalStore
 from distckpt.testing import FaultyStore
 
 HOLDER = Holder("here", 11, "2026-03-01T12:00:00+00:00")
 DATA = b"tensors"
+LARGE = DATA * 1000
 
 
 @pytest.fixture
@@ -43,9 +45,9 @@ def write(store, draft: Draft, step: int, data: bytes = DATA) -> Manifest:
     return Manifest(Progress(step), "full", 1, ("interval",), "", "", 0, 0, (entry,), metrics={"loss": float(step)})
 
 
-def save(catalog: Catalog, step: int, file_name: str | None = None) -> Record:
+def save(catalog: Catalog, step: int, file_name: str | None = None, data: bytes = DATA) -> Record:
     draft = catalog.begin(Progress(step), file_name)
-    return catalog.commit(draft, write(catalog.store, draft, step))
+    return catalog.commit(draft, write(catalog.store, draft, step, data))
 
 
 def committed(store) -> list[str]:
@@ -182,7 +184,7 @@ def test_a_deletion_ends_the_record_durably_before_it_touches_what_the_record_na
     catalog.delete(record)
     *before, last = counted.operations
     assert before[:3] == ["delete step-00000003.committed", "settle", "move step-00000003"]
-    assert last.startswith("delete_folder .trash-step-00000003-")
+    assert last.startswith("recycle_folder .trash-step-00000003-")
     assert names(counted) == []
 
 
@@ -196,6 +198,17 @@ def test_a_deletion_of_one_file_is_in_that_order_too(counted):
         *("move last.pth.committed", "settle", "delete last.pth", "settle", f"delete {trash}"),
     ]
     assert names(counted) == []
+
+
+def test_only_what_was_committed_and_deleted_is_recycled(counted):
+    catalog = open_catalog(counted)
+    catalog.begin(Progress(3))
+    catalog.abandon(catalog.begin(Progress(4)))
+    counted.make_folder(".trash-step-00000009-0a0b0c0d")
+    catalog.sweep()
+    told = [operation for operation in counted.operations if "_folder .trash" in operation]
+    assert names(counted) == [] and [one.split("-")[0] for one in told].count("delete_folder .trash") == 3
+    assert not [operation for operation in counted.operations if operation.startswith("recycle_folder")]
 
 
 def interrupted(tmp_path, work):
@@ -355,14 +368,46 @@ def test_a_sweep_takes_what_saves_of_this_run_left_and_nothing_else(catalog, sto
     write(store, again.begin(Progress(3)), 3)
     write(store, again.begin(Progress(4), "epoch_4.pth"), 4)
     store.make_folder(".trash-step-00000009-0a0b0c0d")
+    store.put(".spare-data-0a0b0c0d", b"of a process that was killed")
     swept = again.sweep()
-    assert sorted(map(short, swept)) == [".draft-epoch_4.pth", ".trash-step", "step-00000002", "step-00000003.2"]
+    left = [".draft-epoch_4.pth", ".spare-data", ".trash-step", "step-00000002", "step-00000003.2"]
+    assert sorted(map(short, swept)) == left
     assert names(store) == ["step-00000001", "step-00000001.committed", kept.name, layout.record_of(kept.name)]
     verify(store)
 
 
 def short(name: str) -> str:
     return "-".join(name.split("-")[:2])
+
+
+@pytest.fixture
+def recycling(scratch, monkeypatch) -> Catalog:
+    """Of a store that keeps files to be written over, if they are as large as this."""
+    monkeypatch.setattr(spares, "LEAST_BYTES", len(LARGE))
+    return open_catalog(LocalStore(scratch, recycles=True))
+
+
+def test_a_sweep_leaves_what_this_process_will_write_over_and_the_next_attempt_takes_it(recycling):
+    recycling.delete(save(recycling, 1, data=LARGE))
+    (spare,) = recycling.store.root.glob(".spare-*")
+    inode = spare.stat().st_ino
+    assert recycling.sweep() == []
+    record = save(recycling, 2, data=LARGE)
+    assert (recycling.store.root / record.name / "data").stat().st_ino == inode
+    recycling.delete(record)
+    other = LocalStore(recycling.store.root, recycles=True)
+    assert [short(name) for name in open_catalog(other).sweep()] == [".spare-data"] and names(other) == []
+
+
+def test_a_save_whose_spare_a_newer_attempt_has_swept_writes_a_new_file(recycling):
+    store = recycling.store
+    recycling.delete(save(recycling, 1, data=LARGE))
+    draft = recycling.begin(Progress(2))
+    newer = open_catalog(LocalStore(store.root))
+    assert [short(name) for name in newer.sweep()] == [".spare-data", "step-00000002"]
+    store.make_folder(draft.path)
+    write(store, draft, 2, LARGE)
+    assert names(newer.store) == [draft.name] and store.read(f"{draft.path}/data") == LARGE
 
 
 def test_a_folder_that_was_killed_before_it_had_its_claim_is_swept(catalog, store):

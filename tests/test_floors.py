@@ -19,6 +19,7 @@ FLOWS = {
 HANDS_WITHOUT_TORCH = {
     "ranks.board",
     *("stores.direct", "stores.file_sink", "stores.file_source", "stores.local", "stores.naming", "stores.read_ahead"),
+    "stores.spares",
 }
 ENGINE = {"arena", "copying", "guard", "memory", "plan", "snapshot", "stager", "transfer", "witness", "writing"}
 HANDS = {

@@ -38,7 +38,8 @@ class Store(Protocol):
     url: str
 
     def list(self, folder: str = "") -> list[str]:
-        """The names in ``folder``, sorted. A folder that is not there has none."""
+        """The names in ``folder``, sorted, without those of files that `recycle_folder` kept. A folder that is not
+        there has none."""
         ...
 
     def read(self, path: str) -> bytes:
@@ -93,6 +94,15 @@ class Store(Protocol):
 
     def delete_folder(self, path: str) -> None:
         """The folder and all in it is gone; it is fine if it was not there. Durable after `settle`."""
+        ...
+
+    def recycle_folder(self, path: str) -> None:
+        """As `delete_folder`, but a store may keep large files of it until `drop_spares`, and write those over that
+        `create` makes next under the same names in other folders: where that is faster, and nobody can see it."""
+        ...
+
+    def drop_spares(self) -> None:
+        """What `recycle_folder` kept is gone."""
         ...
 
     def exists(self, path: str) -> bool:

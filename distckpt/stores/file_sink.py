@@ -25,6 +25,9 @@ class FileSink:
     What lies in memory and will lie in the file on pages of its own passes the page cache by, which costs a twentieth
     of the CPU. Like all else it is durable only after an fsync.
 
+    Attributes:
+        size_bytes: how much was written so far.
+
     Args:
         direct: how; refused where ``fd`` does not write from the start of its file.
     """
@@ -34,7 +37,7 @@ class FileSink:
         self._place = place
         self._direct = direct
         self._is_direct = False
-        self._position = 0
+        self.size_bytes = 0
 
     def write(self, data: Buffer) -> None:
         rest = memoryview(data).cast("B")
@@ -46,12 +49,12 @@ class FileSink:
                 written = self._write_direct(piece[:pages]) if pages else self._write_cached(piece)
             if written == 0:
                 raise OSError(errno.EIO, "nothing was written", str(self._place))
-            self._position += written
+            self.size_bytes += written
             rest = rest[written:]
 
     def _pages(self, piece: memoryview) -> int:
         """How many of its first bytes may pass the page cache by."""
-        if (self._position | address_of(piece)) % ALIGNMENT:
+        if (self.size_bytes | address_of(piece)) % ALIGNMENT:
             return 0
         return len(piece) - len(piece) % ALIGNMENT
 

@@ -22,6 +22,7 @@ from distckpt.stores.direct import Direct
 from distckpt.stores.file_sink import PIECE_BYTES, FileSink
 from distckpt.stores.file_source import FileSource
 from distckpt.stores.naming import naming
+from distckpt.stores.spares import Spares
 
 _log = logging.getLogger("distckpt")
 
@@ -36,12 +37,18 @@ _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL}
 
 
 class LocalStore:
-    """A directory of a POSIX file system; see `distckpt.stores.Store` for what each method promises."""
+    """A directory of a POSIX file system; see `distckpt.stores.Store` for what each method promises.
 
-    def __init__(self, root: str | os.PathLike[str]) -> None:
+    Args:
+        recycles: whether `recycle_folder` keeps files to be written over.
+    """
+
+    def __init__(self, root: str | os.PathLike[str], *, recycles: bool = False) -> None:
         self.root = Path(root).absolute()
         self.url = str(root)
         self._direct = Direct(self.url)
+        self._recycles = recycles
+        self._spares = Spares(self.root)
         self._locks: dict[str, int] = {}
         self._has_warned = False
 
@@ -65,7 +72,7 @@ class LocalStore:
 
     def list(self, folder: str = "") -> list[str]:
         try:
-            return sorted(entry.name for entry in os.scandir(self._at(folder)))
+            return sorted(entry.name for entry in os.scandir(self._at(folder)) if entry.name not in self._spares)
         except FileNotFoundError:
             return []
 
@@ -90,12 +97,15 @@ class LocalStore:
     @contextmanager
     def create(self, path: str) -> Iterator[FileSink]:
         place = self._at(path)
-        fd = os.open(place, _NEW, 0o666)
+        fd = self._spares.put_in_place_of(os.open(place, _NEW, 0o666), place)
         own = os.fstat(fd)
         is_open = True
         try:
-            yield FileSink(fd, place, self._direct)
+            sink = FileSink(fd, place, self._direct)
+            yield sink
             with naming(place):
+                if own.st_size > sink.size_bytes:
+                    os.ftruncate(fd, sink.size_bytes)  # what it was written over was longer
                 os.fsync(fd)
                 is_open = False
                 os.close(fd)
@@ -104,6 +114,8 @@ class LocalStore:
             _remove(place, own)
             if is_open:
                 os.close(fd)
+            with suppress(OSError):  # they may be what the disk is full of
+                self._spares.drop()
             raise
 
     def put(self, path: str, data: bytes) -> None:
@@ -184,6 +196,15 @@ class LocalStore:
             place.unlink(missing_ok=True)  # what it leads to is not ours
         elif place.exists():
             shutil.rmtree(place)
+
+    def recycle_folder(self, path: str) -> None:
+        place = self._at(path)
+        if self._recycles and not place.is_symlink():
+            self._spares.keep(place)
+        self.delete_folder(path)
+
+    def drop_spares(self) -> None:
+        self._spares.drop()
 
     def exists(self, path: str) -> bool:
         return os.path.lexists(self._at(path))

@@ -312,6 +312,20 @@ def test_a_deleted_folder_is_gone_with_all_in_it_and_it_is_fine_if_it_was_not_th
     assert store.list() == []
 
 
+def test_a_recycled_folder_is_gone_and_what_is_written_next_is_new(store):
+    store.make_folder("folder")
+    create(store, "folder/file", LARGE)
+    store.recycle_folder("folder")
+    store.recycle_folder("folder")
+    assert store.list() == []
+    store.make_folder("next")
+    create(store, "next/file", b"short")
+    assert content(store, "next/file") == b"short"
+    store.drop_spares()
+    store.drop_spares()
+    assert store.list() == ["next"] and store.list("next") == ["file"]
+
+
 # The lock
 
 
@@ -341,7 +355,7 @@ def test_free_space_is_a_number_or_unknown(store):
 @pytest.mark.parametrize(
     "method",
     [
-        *("list", "read", "exists", "delete", "delete_folder", "make_folder", "settle", "hold"),
+        *("list", "read", "exists", "delete", "delete_folder", "recycle_folder", "make_folder", "settle", "hold"),
         *("put", "publish", "append", "move from", "move to", "link from", "link to", "point", "open", "create"),
     ],
 )
