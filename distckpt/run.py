@@ -14,7 +14,7 @@ from distckpt import layout
 from distckpt.agreeing import Request, Requests
 from distckpt.attempt import Attempt, Holder
 from distckpt.catalog import Catalog
-from distckpt.errors import DistckptError
+from distckpt.errors import DistckptError, SaveFailed
 from distckpt.formats import Format, Snapshot, Staged
 from distckpt.manifest import Record
 from distckpt.progress import Progress
@@ -154,14 +154,16 @@ class Run:
         try:
             if pending.taken.exception() is None:
                 pending.taken.result().settle()
-            self.record = pending.future.result(timeout.total_seconds())
+            error = pending.future.exception(timeout.total_seconds())
         except TimeoutError:
             raise TimeoutError(f"save {pending.number} has not ended within {timeout}; it goes on") from None
-        except DistckptError as failure:
-            self._failure = self._failure or failure
-            if self.saved == pending.progress:
-                self.saved = None  # so that it is tried again
         self._pending = None
+        if error is None:
+            self.record = pending.future.result()
+            return
+        self._failure = self._failure or _failure(pending.progress, self.ranks.rank, error)
+        if self.saved == pending.progress:
+            self.saved = None  # so that it is tried again
 
     def raise_failure(self) -> None:
         """No save has failed since the last call.
@@ -328,8 +330,8 @@ class Run:
                 catalog=catalog,
                 after=after,
             )
-        except Exception as error:
-            why = str(error)
+        except BaseException as error:  # on this thread it ends no program: training learns of it, whatever it is
+            why = str(_failure(job.progress, self.ranks.rank, error))
             if is_leader(self.ranks):
                 self._teller.guard("report", lambda: self._teller.tell("failed", step=job.progress.step, why=why))
                 self.requests.ask(Request(_FAILURE, str(number)))
@@ -344,6 +346,15 @@ class _Pending:
     progress: Progress
     future: Future[Record]
     taken: Future[Staged]
+
+
+def _failure(progress: Progress, rank: int, error: BaseException) -> DistckptError:
+    """What a save raised, as training is told of it."""
+    if isinstance(error, DistckptError):
+        return error
+    failure = SaveFailed(f"save of step {progress.step}", {rank: f"{type(error).__name__}: {error}"})
+    failure.__cause__ = error
+    return failure
 
 
 def _now(take: Callable[[], Staged]) -> Future[Staged]:

@@ -9,9 +9,12 @@ from collections.abc import Callable, Mapping
 from distckpt import layout, strict_json
 from distckpt.errors import DistckptError
 from distckpt.manifest import Record
+from distckpt.ranks import ends_program
 from distckpt.stores import Store
 
 _log = logging.getLogger("distckpt")
+
+_EXPECTED = (OSError, EOFError, DistckptError, ValueError)
 
 
 class Teller:
@@ -33,7 +36,9 @@ class Teller:
             return
         try:
             self._on_event(told)
-        except Exception as error:  # the user's own, which must not cost what was saved
+        except BaseException as error:  # the user's own, which must not cost what was saved
+            if ends_program(error):
+                raise
             _log.warning("%s: on_event raised for %r: %s: %s", self._store.url, event, type(error).__name__, error)
 
     def tell_saved(
@@ -78,8 +83,12 @@ class Teller:
 
     def guard(self, what: str, work: Callable[[], None]) -> None:
         """``work`` is done, or a warning says why not: what was committed stays committed, and the next save tries
-        again."""
+        again.
+        What is no error of a disk is told with its traceback. Only what `ends_program` is raised."""
         try:
             work()
-        except (OSError, EOFError, DistckptError, ValueError) as error:
-            _log.warning("%s: %s of the run failed, and will be tried again: %s", self._store.url, what, error)
+        except BaseException as error:
+            if ends_program(error):
+                raise
+            words = "%s: %s of the run failed, and will be tried again: %s"
+            _log.warning(words, self._store.url, what, error, exc_info=not isinstance(error, _EXPECTED))

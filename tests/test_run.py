@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import logging
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import CancelledError
 from dataclasses import replace
 from datetime import timedelta
 
 import pytest
 import torch
+import torch.distributed as dist
 from flows import Gated, take
 
 from distckpt import layout
@@ -28,6 +32,7 @@ from distckpt.formats.known import get_format
 from distckpt.formats.stand_ins import Whole
 from distckpt.manifest import Record
 from distckpt.progress import Progress
+from distckpt.ranks.process_group import detect
 from distckpt.restoring import Restored
 from distckpt.run import Run
 from distckpt.saving import Job
@@ -291,6 +296,137 @@ def test_the_save_after_a_failure_is_under_way_when_the_failure_is_raised(tmp_pa
     assert on_ranks(2, work) == ["step-00000002"] * 2
 
 
+def lose_one_save(rank: int, root, kind: type[BaseException], at_fault: int) -> list[object]:
+    store = FaultyStore(LocalStore(root), error=kind("of the writer's own"))
+    # Ranks that waited for this deadline would not end within the time that the test has.
+    run = open_run(detect(timedelta(minutes=5)), root, store=store)
+    save(run, 1, wait=True)
+    before = everything(root / "step-00000001")
+    dist.barrier()
+    if rank == at_fault:
+        store.fail_at = len(store.operations)
+    save(run, 2)
+    raised = []
+    for step in itertools.count(1):
+        dist.barrier()  # as the collectives of training do
+        run.boundary(step)
+        try:
+            run.raise_failure()
+        except SaveFailed as failure:
+            raised = [step, str(failure)]
+            break
+    store.fail_at = None
+    record = save(run, 3, wait=True)
+    run.settle()
+    run.close()
+    return [*raised, record.name, everything(root / "step-00000001") == before]
+
+
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt, MemoryError, RuntimeError, CancelledError])
+@pytest.mark.parametrize("at_fault", [0, 1])
+def test_whatever_a_save_raises_is_told_once_to_all_at_the_same_step(run_ranks, tmp_path, kind, at_fault):
+    first, second = run_ranks(2, lose_one_save, tmp_path, kind, at_fault, seconds=40)
+    assert first == second and first[2:] == ["step-00000003", True]
+    assert f"rank {at_fault}: {kind.__name__}: of the writer's own" in first[1]
+    assert names(tmp_path) == ["step-00000001", "step-00000003"]
+    assert [event["event"] for event in events(tmp_path)] == ["saved", "failed", "saved"]
+
+
+def test_whatever_is_raised_at_whatever_moment_of_a_save_the_ranks_agree_on_what_became_of_it(tmp_path):
+    def work(ranks, root, moment):
+        store = FaultyStore(LocalStore(root), error=SystemExit("at once"))
+        run = open_run(ranks, root, store=store)
+        save(run, 1, wait=True)
+        store.operations.clear()
+        store.fail_at = moment if ranks.rank == 0 else None
+        try:
+            told = save(run, 2, wait=True).name
+        except SaveFailed as failure:
+            told = str(failure)
+        operations = list(store.operations)
+        run.settle()
+        store.fail_at = None
+        last = save(run, 3, wait=True)
+        run.close()
+        return told, last.name, operations
+
+    outcomes = []
+    for moment in itertools.count():
+        root = tmp_path / str(moment)
+        root.mkdir()
+        (*first, operations), (*second, _) = on_ranks(2, lambda ranks, at=(root, moment): work(ranks, *at))
+        assert first == second and first[1] == "step-00000003", moment
+        committed = names(root)
+        assert ("step-00000002" in committed) == (first[0] == "step-00000002"), moment
+        outcomes.append(first[0] == "step-00000002")
+        if moment >= len(operations):
+            break
+    assert outcomes == sorted(outcomes) and 5 < outcomes.index(True) < len(outcomes) - 2
+
+
+def test_what_no_agreement_of_the_ranks_carried_is_raised_on_all_and_once(tmp_path):
+    class Unsweepable(LocalStore):
+        def move(self, *names):
+            raise RuntimeError("a bug in the cleaning up of a failed save")
+
+        delete_folder = move
+
+    def work(ranks):
+        run = open_run(ranks, tmp_path, store=Unsweepable(tmp_path))
+        taken = job(1, ranks.rank)
+        if ranks.rank == 1:
+            (tmp_path / "no-folder").write_bytes(b"")
+            staged = taken.snapshot()
+            staged.write = lambda store, path: (tmp_path / "no-folder" / "file").write_bytes(b"")
+            taken = replace(taken, snapshot=lambda: staged)
+        run.save(taken, began=time.monotonic())
+        with pytest.raises(SaveFailed):
+            run.settle()
+        run.settle()
+        record = save(run, 2, wait=True)
+        run.close()
+        return record.name
+
+    assert on_ranks(2, work) == ["step-00000002"] * 2
+
+
+def test_an_interrupt_of_training_is_raised_as_it_is_and_the_save_goes_on(tmp_path):
+    waits = threading.Event()
+    gate = threading.Event()
+
+    def interrupted(store, path):
+        assert waits.wait(20)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        assert gate.wait(20)
+        return staged.write(store, path)
+
+    (ranks,) = thread_ranks(1)
+    run = open_run(ranks, tmp_path)
+    staged = job(1, 0).snapshot()
+    slow = Gated(staged, gate)
+    slow.write = interrupted
+    run.save(replace(job(1, 0), snapshot=lambda: slow), began=time.monotonic())
+    with pytest.raises(KeyboardInterrupt):
+        waits.set()
+        run.settle()
+    gate.set()
+    assert run.settle().name == "step-00000001"
+    run.close()
+
+
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt])
+def test_what_ends_the_program_while_a_state_is_taken_is_raised_as_it_is_and_ends_no_run(tmp_path, kind):
+    def ends() -> Staged:
+        raise kind("now")
+
+    (ranks,) = thread_ranks(1)
+    run = open_run(ranks, tmp_path)
+    with pytest.raises(kind, match="now"):
+        run.save(replace(job(1, 0), snapshot=ends), began=time.monotonic())
+    assert save(run, 1, wait=True).name == "step-00000001"
+    run.close()
+
+
 def test_requests_of_the_leader_are_told_and_failures_are_not_among_them(tmp_path):
     together = threading.Barrier(2)
 
@@ -430,12 +566,13 @@ def test_whatever_fails_after_the_commit_is_a_warning_and_tried_again(tmp_path, 
         assert not list(root.glob(".trash-*")) and len(list(root.glob("step-*"))) == 2, moment
 
 
-def test_an_event_handler_that_raises_costs_nothing(tmp_path, caplog):
+@pytest.mark.parametrize("kind", [KeyError, SystemExit, KeyboardInterrupt, MemoryError])
+def test_an_event_handler_that_raises_costs_nothing(tmp_path, caplog, kind):
     heard = []
 
     def handler(event):
         heard.append(event["event"])
-        raise KeyError("of the user's own")
+        raise kind("of the user's own")
 
     def work(ranks):
         run = open_run(ranks, tmp_path, on_event=handler)
@@ -446,8 +583,25 @@ def test_an_event_handler_that_raises_costs_nothing(tmp_path, caplog):
         run.close()
 
     on_ranks(2, work)
-    assert heard == ["saved", "failed", "saved"] and "on_event raised for 'saved': KeyError" in caplog.text
+    assert heard == ["saved", "failed", "saved"] and f"on_event raised for 'saved': {kind.__name__}" in caplog.text
     assert names(tmp_path) == ["step-00000001", "step-00000003"]
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, SystemExit, MemoryError])
+def test_a_bug_after_the_commit_fails_no_save_and_is_told_with_its_traceback(tmp_path, caplog, kind):
+    class Buggy(KeepNewest):
+        def to_delete(self, records):
+            raise kind("a bug")
+
+    def work(ranks):
+        run = open_run(ranks, tmp_path, keeping=Buggy())
+        told = [save(run, step, wait=True).name for step in (1, 2)]
+        run.close()
+        return told
+
+    assert on_ranks(2, work) == [["step-00000001", "step-00000002"]] * 2
+    warned = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert [record.exc_info[0] for record in warned] == [kind] * 2 and "retention of the run failed" in caplog.text
 
 
 def test_a_save_is_told_once_with_what_it_cost(tmp_path, caplog):

@@ -7,6 +7,7 @@ errors), never a tensor and never a pickle.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -105,6 +106,12 @@ def is_leader(ranks: Ranks) -> bool:
     return ranks.rank == LEADER
 
 
+def ends_program(error: BaseException) -> bool:
+    """Whether it was raised to end the program, and no work is to hold it up: ``KeyboardInterrupt`` and ``SystemExit``
+    on the main thread. On any other they end nothing, and are errors like all others."""
+    return not isinstance(error, Exception) and threading.current_thread() is threading.main_thread()
+
+
 def together(ranks: Ranks, during: str, work: Callable[[], Json]) -> list[Json]:
     """Everybody's result of ``work``, in the order of ranks; or the same error on all. Collective.
 
@@ -114,6 +121,7 @@ def together(ranks: Ranks, during: str, work: Callable[[], Json]) -> list[Json]:
         RankFailure: where ``work`` raised on any rank, with each failing rank's words, and for ranks that did not come
             in time. Where all that failed raised one type of `distckpt.errors` that says what to do, such as
             `StateMismatch`, that type. Its ``__cause__`` is this rank's own exception, if it had one.
+        What `ends_program` is raised as it is, at once and on this rank alone.
     """
     result, error = _attempt(work)
     told = ranks.exchange(during, _failed(error) if error else {"result": result})
@@ -130,7 +138,7 @@ def from_leader(ranks: Ranks, during: str, work: Callable[[], Json]) -> Json:
     Raises:
         RankFailure: as in `together`, for the leader alone.
     """
-    error: Exception | None = None
+    error: BaseException | None = None
     told: Json = None
     if is_leader(ranks):
         result, error = _attempt(work)
@@ -142,15 +150,17 @@ def from_leader(ranks: Ranks, during: str, work: Callable[[], Json]) -> Json:
     return told["result"]
 
 
-def _attempt(work: Callable[[], Json]) -> tuple[Json, Exception | None]:
+def _attempt(work: Callable[[], Json]) -> tuple[Json, BaseException | None]:
     try:
         return work(), None
-    except Exception as error:  # told to every rank, and raised there
+    except BaseException as error:  # told to every rank, and raised there
+        if ends_program(error):
+            raise
         _log.debug("failed on this rank", exc_info=True)
         return None, error
 
 
-def _failed(error: Exception) -> Json:
+def _failed(error: BaseException) -> Json:
     text = str(error)
     words = text if isinstance(error, DistckptError) and text else f"{type(error).__name__}: {text}"
     return {"failed": words, "type": type(error).__name__}

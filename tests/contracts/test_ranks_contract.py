@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from distckpt import errors
 from distckpt.errors import DistckptError, NoCheckpoint, RankFailure, StateMismatch, Superseded
 from distckpt.ranks import from_leader, is_leader, together
+from distckpt.testing import thread_ranks
 
 
 def test_each_rank_knows_its_place(job):
@@ -94,6 +96,30 @@ def test_what_fails_on_some_is_raised_on_all_with_the_same_words(job, failing):
     assert {type(error) for error in told} == {RankFailure} and len({str(error) for error in told}) == 1
     words = {rank: f"OSError: [Errno 28] No space left on device: 'disk of {rank}'" for rank in at_fault}
     assert told[0].failures == words and told[0].during == "write of step-00000300"
+
+
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt, GeneratorExit])
+def test_what_would_end_a_program_is_an_error_like_any_other_beside_the_main_thread(job, kind):
+    def fail(ranks):
+        if ranks.rank == 0:
+            raise kind("at once")
+
+    def beside(ranks):
+        with ThreadPoolExecutor(1) as pool:
+            told = [together, from_leader]
+            errors = [pool.submit(one, ranks, "work", lambda: fail(ranks)).exception() for one in told]
+        return [(type(error), str(error)) for error in errors]
+
+    assert job(beside) == [[(RankFailure, f"work failed: rank 0: {kind.__name__}: at once")] * 2] * job.world_size
+
+
+def test_what_ends_the_program_is_raised_as_it_is_and_waits_for_no_rank():
+    def interrupted():
+        raise KeyboardInterrupt
+
+    for agree in (together, from_leader):
+        with pytest.raises(KeyboardInterrupt):
+            agree(thread_ranks(2)[0], "work", interrupted)
 
 
 def test_each_rank_knows_its_own_failure_as_the_cause(job):
