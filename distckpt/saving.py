@@ -135,7 +135,7 @@ def _commit(catalog: Catalog | None, draft: Draft, job: Job, format: Format, tol
 def _to_written(told: Any) -> Written:
     return Written(
         files=tuple(FileEntry(*one) for one in told["files"]),
-        tensors=tuple(TensorGroup(*kind, tuple(shape), tuple(keys)) for *kind, shape, keys in told["tensors"]),
+        tensors=tuple(TensorGroup(file, kind, tuple(shape), tuple(keys)) for file, kind, shape, keys in told["tensors"]),
     )
 
 
@@ -151,13 +151,16 @@ def _release(job: Job) -> None:
     except Exception as error:  # it was never there, and every rank was told why
         _log.debug("there is no snapshot to release: %s", error)
         return
-    snapshot.release()
+    try:
+        snapshot.release()
+    except BaseException:  # what was committed is, on all ranks
+        _log.warning("the memory of a snapshot could not be given up", exc_info=True)
 
 
 def _abandon(catalog: Catalog, draft: Draft) -> None:
     try:
         catalog.abandon(draft)
-    except (OSError, Superseded) as error:
+    except Exception as error:
         # The disk may be full or gone; what is left is no checkpoint, and a later sweep takes it.
         _log.warning("%s: what the failed save left could not be removed: %s", draft.path, error)
 

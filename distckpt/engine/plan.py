@@ -6,6 +6,7 @@ import ctypes
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -40,7 +41,7 @@ class Plan:
         odd: what torch has to copy: it lies on an accelerator, or not contiguous.
         now, late: large ones in host memory; those that may be copied beside training are late.
         late_odd: those on an accelerator that may.
-        names, witnesses: of all that is late.
+        witnesses: of all that is late.
     """
 
     starts: list[int] = field(default_factory=list)
@@ -51,8 +52,8 @@ class Plan:
     now: list[Piece] = field(default_factory=list)
     late: list[Piece] = field(default_factory=list)
     late_odd: list[tuple[int, Tensor]] = field(default_factory=list)
-    names: list[Name] = field(default_factory=list)
     witnesses: Witnesses = field(default_factory=Witnesses)
+    _witnessed: list[tuple[Image, int]] = field(default_factory=list)
 
     @classmethod
     def of(cls, images: Sequence[Image], *, may_be_late: Callable[[Place, Image, int], bool]) -> Plan:
@@ -85,6 +86,10 @@ class Plan:
                     plan.now.append(Piece(start + offset, tensor.nbytes, _Contiguous(tensor)))
         return plan
 
+    def name(self, nth: int) -> Name:
+        """What that one of the witnessed is called."""
+        return _name(*self._witnessed[nth])
+
     def scatter(self, arena: Tensor) -> None:
         """Texts and small tensors are in ``arena``, and what in host memory is not contiguous."""
         base = arena.data_ptr()
@@ -104,10 +109,10 @@ class Plan:
             place = (tensor.data_ptr(), tensor.nbytes)
             is_late = tensor.nbytes >= SMALL_BYTES and may_be_late(place, image, nth)
         if is_late:
-            self.names.append(Name(image.path, image.keys[nth]))
+            self._witnessed.append((image, nth))
             self.witnesses.add(tensor, offset)
         if is_flat and tensor.is_cpu:
-            source = _Live(tensor, self.names[-1]) if is_late else tensor.data_ptr
+            source = partial(_live_address, tensor, tensor.shape, image, nth) if is_late else tensor.data_ptr
             (self.late if is_late else self.now).append(Piece(offset, tensor.nbytes, source))
         else:
             (self.late_odd if is_late else self.odd).append((offset, tensor))
@@ -140,20 +145,18 @@ class _Text:
         return ctypes.cast(ctypes.c_char_p(self._text), ctypes.c_void_p).value or 0
 
 
-class _Live:
+def _live_address(tensor: Tensor, shape: torch.Size, image: Image, nth: int) -> int:
     """Where a tensor lies, while training may give it other memory."""
+    if tensor.shape != shape or not is_there(tensor):
+        raise DistckptError(
+            f"{_name(image, nth)} was given other memory while it was being copied: wait_staged() is to be called "
+            "before"
+        )
+    return tensor.data_ptr()
 
-    def __init__(self, tensor: Tensor, name: Name) -> None:
-        self._tensor = tensor
-        self._shape = tensor.shape
-        self._name = name
 
-    def __call__(self) -> int:
-        if self._tensor.shape != self._shape or not is_there(self._tensor):
-            raise DistckptError(
-                f"{self._name} was given other memory while it was being copied: wait_staged() is to be called before"
-            )
-        return self._tensor.data_ptr()
+def _name(image: Image, nth: int) -> Name:
+    return Name(image.path, image.keys[nth])
 
 
 class _Contiguous:

@@ -179,7 +179,7 @@ class Staging:
                 if self._is_paranoid:
                     self._transfer_late.wait()
                     torn = sorted({*torn, *plan.witnesses.different(base)})
-                self._torn = [plan.names[nth] for nth in torn]
+                self._torn = [plan.name(nth) for nth in torn]
                 self._changed.notify_all()
 
     def _retake(self, torn: Sequence[Name]) -> None:

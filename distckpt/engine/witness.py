@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import operator
 from collections.abc import Sequence
 
 from torch import Tensor
-
-from distckpt.engine.copying import move
 
 _SAMPLE_BYTES = 256
 
@@ -85,10 +84,14 @@ def is_there(tensor: Tensor) -> bool:
 
 def _samples(addresses: Sequence[int], sizes: Sequence[int]) -> bytes:
     """The first bytes and the last bytes of the memory at each of ``addresses``."""
-    taken = ctypes.create_string_buffer(2 * _SAMPLE_BYTES * len(addresses))
-    at = ctypes.addressof(taken)
+    if not addresses:
+        return b""
+    first, end = min(addresses), max(map(operator.add, addresses, sizes))
+    # Slices of all that lies between: to make each costs a tenth of a call into C.
+    memory = memoryview((ctypes.c_ubyte * (end - first)).from_address(first)).cast("B")
+    pieces = []
     for address, size in zip(addresses, sizes, strict=True):
-        move(at, address, _SAMPLE_BYTES)
-        move(at + _SAMPLE_BYTES, address + size - _SAMPLE_BYTES, _SAMPLE_BYTES)
-        at += 2 * _SAMPLE_BYTES
-    return taken.raw
+        begin = address - first
+        pieces.append(memory[begin : begin + _SAMPLE_BYTES])
+        pieces.append(memory[begin + size - _SAMPLE_BYTES : begin + size])
+    return b"".join(pieces)

@@ -19,7 +19,7 @@ from distckpt.engine.plan import Name, Plan
 from distckpt.engine.snapshot import Staging
 from distckpt.engine.stager import Stager
 from distckpt.errors import DistckptError
-from distckpt.formats import Snapshot
+from distckpt.formats import Image, Snapshot
 from distckpt.formats.full import FORMAT
 from distckpt.stores.local import LocalStore
 
@@ -182,7 +182,7 @@ class OnDevice:
         self.tensor = torch.rand(200, 200)
         self.arena = Arena(self.tensor.nbytes)
         on_device = Plan(starts=[0, self.tensor.nbytes], late_odd=[(0, self.tensor)])
-        on_device.names.append(Name("model.safetensors", "weight"))
+        on_device._witnessed.append((Image("model.safetensors", 0, (), keys=("weight",)), 0))
         on_device.witnesses.add(self.tensor, 0)
         on_device.witnesses.look()
         on_device.witnesses._sampled, on_device.witnesses._samples = [], b""  # as of one on an accelerator
@@ -218,7 +218,7 @@ def test_what_the_device_copies_is_not_judged_before_it_is_copied(device):
     one.tensor.add_(1)
     may_end.set()
     one.judged()
-    assert one.staging._torn == one.staging._plan.names
+    assert one.staging._torn == [Name("model.safetensors", "weight")]
     one.close()
 
 

@@ -100,7 +100,8 @@ class Save:
             self._local.make_folder(self._place)
         self.staged: Staging = stager.take(format.lay_out(Snapshot(state), 0))
         self.cut = copy.deepcopy(state)
-        self.late = {name.key for name in self.staged._plan.names}
+        plan = self.staged._plan
+        self.late = {plan.name(nth).key for nth in range(len(plan.witnesses))}
         self.writing = Background(self._write) if is_written else None
         self.staged.stage()
 
