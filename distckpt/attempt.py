@@ -100,10 +100,12 @@ class Attempt:
 
     def end(self) -> None:
         """The directory is free for the next process, and what the store kept for this one is gone. Leader only."""
-        if max(_numbers(self.store), default=self.number) == self.number:
-            self._write_state("finished")
-        self.store.release(layout.LOCK)
-        self.store.drop_spares()
+        try:
+            self.store.drop_spares()
+        finally:
+            if max(_numbers(self.store), default=self.number) == self.number:
+                self._write_state("finished")
+            self.store.release(layout.LOCK)
 
     def _take_number(self) -> None:
         mark = layout.attempt_file(self.number)

@@ -28,8 +28,8 @@ LEAST_BYTES = 16 * 1024 * 1024
 _SPARE = os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
-# As statfs calls them: ext4, XFS, btrfs, F2FS, tmpfs.
-_LOCAL = {0xEF53, 0x58465342, 0x9123683E, 0xF2F52010, 0x01021994}
+# As statfs calls them: ext4, XFS, tmpfs. Others do not know who has a file mapped, or write to new blocks anyway.
+_LOCAL = {0xEF53, 0x58465342, 0x01021994}
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.statfs.argtypes = [ctypes.c_char_p, ctypes.c_void_p]
@@ -109,7 +109,7 @@ class Spares:
 
 
 def is_local(folder: Path) -> bool:
-    """Whether nobody can use a file there of whom this machine's kernel does not know."""
+    """Whether the kernel knows of everybody who uses a file there, on this machine."""
     told = (ctypes.c_long * 64)()  # struct statfs has less, and begins with the type
     return _libc.statfs(os.fsencode(folder), told) == 0 and told[0] in _LOCAL
 
