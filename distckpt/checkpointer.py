@@ -76,6 +76,9 @@ class Checkpointer:
             the live tensors afterwards. Before changing weights without an optimizer, call `wait_staged`.
         arena_bytes: how much host memory rank 0 may take for that; None: as much as the state. Where that is less
             than the state, a save stops training until all but so much is written.
+        recycle: whether a save is written over the files of a checkpoint that retention has deleted, where nobody has
+            them open: up to twice as fast on a local disk (ext4, XFS), which always holds one checkpoint more. Not
+            where another machine may still read what is being deleted.
         when_busy: what a save does that is due before the last one is durable: ``"wait"`` for it, or ``"skip"``.
         sync_buffers: how buffers are made equal over ranks before a save: ``"mean"``, ``"broadcast"`` (both from
             rank 0 where they are integers) or False. It changes the buffers that training goes on with.
@@ -114,6 +117,7 @@ class Checkpointer:
         async_save: bool = True,
         snapshot: Mode = "auto",
         arena_bytes: int | None = None,
+        recycle: bool = False,
         when_busy: Literal["wait", "skip"] = "wait",
         sync_buffers: Literal["mean", "broadcast", False] = "mean",
         per_rank: Collection[str] | None = None,
@@ -123,7 +127,7 @@ class Checkpointer:
         **unknown: object,
     ) -> None:
         refuse_unknown(unknown, inspect.signature(Checkpointer).parameters, "Checkpointer")
-        check_flags(by_epoch=by_epoch, save_last=save_last, async_save=async_save)
+        check_flags(by_epoch=by_epoch, save_last=save_last, async_save=async_save, recycle=recycle)
         check_choice("format", format, ("auto", "full"))
         check_choice("when_busy", when_busy, ("wait", "skip"))
         check_choice("snapshot", snapshot, MODES)
@@ -145,7 +149,7 @@ class Checkpointer:
         self._parts = Parts(state, per_rank)
         self._format = Full()
 
-        store = LocalStore(out_dir)
+        store = LocalStore(out_dir, recycles=recycle)
         ranks = detect(timeout)
         self._judge = Judge(metrics, max_keep_best, ranks=ranks, records=lambda: self._run.known_records())
         keeping = LabelledKeeping(kept, self._judge)

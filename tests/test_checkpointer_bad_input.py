@@ -85,6 +85,8 @@ WRONG = [
     ("arena_bytes", "1GB", TypeError),
     ("arena_bytes", True, TypeError),
     ("arena_bytes", 1000, ValueError),
+    ("recycle", 1, TypeError),
+    ("recycle", "always", TypeError),
     ("init_from", 3, TypeError),
     ("init_from", b"weights.pth", TypeError),
     ("on_event", "print", TypeError),

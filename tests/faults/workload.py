@@ -18,6 +18,7 @@ from distckpt import Checkpointer, DamagedCheckpoint, SaveFailed, layout
 from distckpt.catalog import read_manifest, scan
 from distckpt.formats.full import FORMAT
 from distckpt.formats.stand_ins import read_whole
+from distckpt.stores import spares
 from distckpt.stores.local import LocalStore
 
 RUN = "runs/tiny"
@@ -58,11 +59,14 @@ def _states() -> Iterator[dict[str, Any]]:
 EXPECTED = list(itertools.islice(_states(), 8))
 
 
-def train(root: Path, *, more: int, is_async: bool, is_forgiving: bool = False) -> int:
+def train(root: Path, *, more: int, is_async: bool, is_forgiving: bool = False, recycles: bool = False) -> int:
     """Resume, check every bit, and do so many steps more, each saved and then labelled; the step resumed from.
 
-    With ``is_forgiving`` a save that fails is told, the fault is over, and training goes on.
+    With ``is_forgiving`` a save that fails is told, the fault is over, and training goes on. With ``recycles`` a save
+    is written over what the one before has deleted, however small that is.
     """
+    if recycles:
+        spares.LEAST_BYTES = 4096
     training = Training()
     checkpointer = Checkpointer(
         root / RUN,
@@ -72,6 +76,7 @@ def train(root: Path, *, more: int, is_async: bool, is_forgiving: bool = False) 
         rule="greater",
         save_last=False,
         async_save=is_async,
+        recycle=recycles,
     )
     start = checkpointer.resume()
     check(training, start)
