@@ -18,8 +18,8 @@ from distckpt import Checkpointer, layout
 class Distckpt(Contender):
     package, is_durable = "distckpt", True
 
-    def __init__(self, snapshot: str) -> None:
-        self.snapshot = snapshot
+    def __init__(self, snapshot: str, **words: bool) -> None:
+        self.snapshot, self.words = snapshot, words
         self._saved = threading.Event()
 
     def open(self, directory: Path, model: nn.Module, optimizer: Optimizer) -> None:
@@ -27,7 +27,7 @@ class Distckpt(Contender):
         # An older checkout has no such word: it always copies in save().
         words = {"snapshot": self.snapshot} if "snapshot" in inspect.signature(Checkpointer).parameters else {}
         state = {"model": model, "optimizer": optimizer}
-        self.checkpointer = Checkpointer(directory, state, save_last=False, on_event=self._hear, **words)
+        self.checkpointer = Checkpointer(directory, state, save_last=False, on_event=self._hear, **words, **self.words)
 
     def save(self, step: int) -> None:
         self.checkpointer.step()
