@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from distckpt.catalog import Catalog, Draft
-from distckpt.errors import DistckptError, RankFailure, SaveFailed, Superseded
+from distckpt.errors import DistckptError, RankFailure, SaveFailed
 from distckpt.formats import Format, Staged, Written
 from distckpt.manifest import FileEntry, Manifest, Record, TensorGroup
 from distckpt.progress import Progress
@@ -133,9 +133,9 @@ def _commit(catalog: Catalog | None, draft: Draft, job: Job, format: Format, tol
 
 
 def _to_written(told: Any) -> Written:
+    groups = [(file, dtype, tuple(shape), tuple(keys)) for file, dtype, shape, keys in told["tensors"]]
     return Written(
-        files=tuple(FileEntry(*one) for one in told["files"]),
-        tensors=tuple(TensorGroup(file, kind, tuple(shape), tuple(keys)) for file, kind, shape, keys in told["tensors"]),
+        files=tuple(FileEntry(*one) for one in told["files"]), tensors=tuple(TensorGroup(*one) for one in groups)
     )
 
 

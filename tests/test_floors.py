@@ -21,7 +21,19 @@ HANDS_WITHOUT_TORCH = {
     *("stores.direct", "stores.file_sink", "stores.file_source", "stores.local", "stores.naming", "stores.read_ahead"),
     "stores.spares",
 }
-ENGINE = {"arena", "copying", "guard", "memory", "plan", "snapshot", "stager", "transfer", "witness", "writing"}
+ENGINE = {
+    "ahead",
+    "arena",
+    "copying",
+    "guard",
+    "memory",
+    "plan",
+    "snapshot",
+    "stager",
+    "transfer",
+    "witness",
+    "writing",
+}
 HANDS = {
     *HANDS_WITHOUT_TORCH,
     *("formats.full", "formats.known", "formats.pth", "formats.safetensors_file", "formats.tree"),

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 
 import xxhash
 
+from distckpt.engine.ahead import ahead
+from distckpt.engine.copying import BLOCK_BYTES
 from distckpt.formats import Image, Sum
+from distckpt.formats.filling import Hash
 from distckpt.manifest import FileEntry
 from distckpt.stores import Store
 
@@ -24,6 +28,8 @@ def write_image(
 ) -> FileEntry:
     """A new file at ``place`` holds the bytes of ``image``, durable.
 
+    One piece is hashed while the one before is being written.
+
     Args:
         pieces: the bytes, from the first to the last. Sums are filled in there.
         spend: is told how many seconds each phase took.
@@ -32,25 +38,30 @@ def write_image(
         OSError: where it cannot be written; there is no file then.
     """
     digest = xxhash.xxh3_128()
-    sums = _Sums(image.sums)
-    then = time.monotonic()
-
-    def lap(phase: str) -> None:
-        nonlocal then
-        now = time.monotonic()
-        spend(phase, now - then)
-        then = now
-
+    hashed = _hashed(pieces, _Sums(image.sums), digest, spend)
     with store.create(place) as sink:
-        for piece in pieces:
-            lap("fill")
-            sums.fill(piece)
-            digest.update(piece)
-            lap("hash")
-            sink.write(piece)
-            lap("write")
-    lap("fsync")
+        with ahead(hashed) if image.size_bytes > BLOCK_BYTES else nullcontext(hashed) as coming:
+            for piece in coming:
+                began = time.monotonic()
+                sink.write(piece)
+                spend("write", time.monotonic() - began)
+        began = time.monotonic()
+    spend("fsync", time.monotonic() - began)
     return FileEntry(image.path, image.size_bytes, digest.hexdigest())
+
+
+def _hashed(
+    pieces: Iterable[memoryview], sums: _Sums, digest: Hash, spend: Callable[[str, float], None]
+) -> Iterator[memoryview]:
+    then = time.monotonic()
+    for piece in pieces:
+        filled = time.monotonic()
+        sums.fill(piece)
+        digest.update(piece)
+        spend("fill", filled - then)
+        spend("hash", time.monotonic() - filled)
+        yield piece
+        then = time.monotonic()
 
 
 class _Sums:

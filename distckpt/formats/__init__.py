@@ -71,9 +71,9 @@ class Written:
     """What one rank wrote: its files, and the tensors in them.
 
     Attributes:
-        measures: ``stage_seconds`` of the training thread, ``waited_seconds`` of optimizers; of the writer's thread
-            ``fill_seconds``, in which it waited for the copy, ``hash_seconds``, ``write_seconds``, ``fsync_seconds``;
-            ``arena_bytes``; ``retakes``, of what somebody changed too early.
+        measures: ``stage_seconds`` of the training thread, ``waited_seconds`` of optimizers; of the writer's threads
+            ``fill_seconds``, in which one waited for the copy, ``hash_seconds``, and beside these ``write_seconds``,
+            ``fsync_seconds``; ``arena_bytes``; ``retakes``, of what somebody changed too early.
     """
 
     files: tuple[FileEntry, ...] = ()

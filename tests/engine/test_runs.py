@@ -197,7 +197,7 @@ def test_a_writer_that_dies_is_no_writer_that_hangs(small_blocks, tmp_path, monk
         write(sink, data)
 
     monkeypatch.setattr(FileSink, "write", die)
-    with pytest.raises(SystemExit, match="killed"), start(tmp_path, training, arena_bytes=2 * MIB) as ckpt:
+    with pytest.raises(SaveFailed, match="SystemExit: killed"), start(tmp_path, training, arena_bytes=2 * MIB) as ckpt:
         advance(training, ckpt)
         ckpt.save()
         ckpt.wait()

@@ -539,25 +539,18 @@ EXPORT ssize_t pread64(int fd, void *data, size_t size, off_t offset) { return p
 EXPORT ssize_t readv(int fd, const struct iovec *parts, int count) { return do_read(fd, parts, count, -1); }
 EXPORT ssize_t preadv(int fd, const struct iovec *parts, int count, off_t at) { return do_read(fd, parts, count, at); }
 EXPORT ssize_t preadv64(int fd, const struct iovec *parts, int count, off_t at) { return do_read(fd, parts, count, at); }
-/* Is it in the page cache? It never is: the truth depends on what else runs, and each run would have other numbers. */
-static ssize_t do_probe(int fd, const struct iovec *parts, int count, off_t at, int flags) {
-    struct call call = {.other = ""};
-    if (!place_of_fd(fd, call.path))
-        return syscall(SYS_preadv2, fd, parts, count, at, 0L, flags);
-    begin(&call, "probe", READS, 0);
-    int error = call.verdict == FAIL ? box.error : EAGAIN;
-    end(&call, error, inode_of_fd(fd), 0, 0, -1);
-    errno = error;
-    return -1;
-}
-
 EXPORT ssize_t preadv2(int fd, const struct iovec *parts, int count, off_t at, int flags) {
-    if (flags & RWF_NOWAIT)
-        return do_probe(fd, parts, count, at, flags);
     return flags ? (errno = EOPNOTSUPP, -1) : do_read(fd, parts, count, at);
 }
 EXPORT ssize_t preadv64v2(int fd, const struct iovec *parts, int count, off_t at, int flags) {
     return preadv2(fd, parts, count, at, flags);
+}
+
+/* Is it in the page cache? It never is: the truth depends on what else runs, and each run would have other numbers. */
+EXPORT int mincore(void *begin, size_t size, unsigned char *is_there) {
+    (void)begin;
+    memset(is_there, 0, (size + 4095) / 4096);
+    return 0;
 }
 
 /* ---- names ------------------------------------------------------------------------------------------------------ */

@@ -155,7 +155,7 @@ def go_on_reading(forks: Forks, folder: Path, fault: Fault) -> Outcome:
 
 def test_a_large_file_is_read_ahead(forks: Forks, folder: Path) -> None:
     names = [call.name for call in reads(forks, folder) if call.path == "file"]
-    assert names == ["open", "read", *["probe"] * 7, "direct", *["read"] * 3, "cached"]
+    assert names == ["open", "read", "direct", *["read"] * 3, "cached"]
 
 
 def test_an_error_at_any_call_of_reading_is_raised_by_name(forks: Forks, folder: Path) -> None:
