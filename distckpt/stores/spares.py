@@ -100,12 +100,8 @@ class Spares:
 
     def _take_out(self, place: Path) -> None:
         spare = self._root / f"{layout.SPARE_PREFIX}{place.name}-{secrets.token_hex(4)}"
-        self._kept[place.name] = spare
-        try:
-            place.rename(spare)
-        except OSError:
-            self._kept.pop(place.name, None)
-            raise
+        self._kept[place.name] = spare  # before it is there, or a sweep on another thread could see it
+        place.rename(spare)
 
 
 def is_local(folder: Path) -> bool:

@@ -427,19 +427,21 @@ def failing(number: int):
     return call
 
 
-def test_a_folder_that_a_newer_attempt_has_made_meanwhile_keeps_its_file(store, monkeypatch):
+@pytest.mark.parametrize(("module", "name"), [(os, "listxattr"), (os.path, "samestat")])
+def test_a_folder_that_a_newer_attempt_has_made_meanwhile_keeps_its_file(store, monkeypatch, module, name):
     store.recycle_folder("old")
     store.make_folder("new")
-    real = fcntl.fcntl
+    real = getattr(module, name)
 
-    def overtaken(fd, command, *words):
-        if command == fcntl.F_SETSIG:
-            newer = LocalStore(store.root)
-            newer.move("new", "trash")
-            save(newer, "new", b"of the newer attempt")
-        return real(fd, command, *words)
+    def overtaken(*args):
+        told = real(*args)
+        monkeypatch.setattr(module, name, real)
+        newer = LocalStore(store.root)
+        newer.move("new", "trash")
+        save(newer, "new", b"of the newer attempt")
+        return told
 
-    monkeypatch.setattr(fcntl, "fcntl", overtaken)
+    monkeypatch.setattr(module, name, overtaken)
     with store.create("new/file") as sink:
         sink.write(NEW)
     assert store.read("new/file") == b"of the newer attempt" and store.read("trash/file") == NEW
