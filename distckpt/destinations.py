@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from itertools import chain
 from typing import Any
 
@@ -73,6 +74,18 @@ def take_beside(optimizer: torch.optim.Optimizer, saved: Any, memory: NewMemory)
         for name, value in saved["state"].get(index, {}).items():
             if is_stand_in(value) and name != "step":  # which stays on the host, unless the optimizer moves it
                 memory.take(value, device=parameter.device)
+
+
+class Positions(list[int]):
+    """The numbers of the parameters of one group: torch looks each of its moments up in them, which in a list of
+    thousands takes longer than to load all else."""
+
+    def __init__(self, numbers: Iterable[int]) -> None:
+        super().__init__(numbers)
+        self._known = frozenset(self)
+
+    def __contains__(self, number: object) -> bool:
+        return number in self._known
 
 
 def _live_tensors(module: nn.Module) -> tuple[dict[str, Tensor], bool]:

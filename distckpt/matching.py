@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from distckpt import rng
-from distckpt.destinations import IntoModule, take_beside
+from distckpt.destinations import IntoModule, Positions, take_beside
 from distckpt.errors import StateMismatch
 from distckpt.formats import Snapshot
 from distckpt.formats.stand_ins import NewMemory
@@ -127,9 +127,7 @@ def match(parts: Parts, snapshot: Snapshot, selection: Selection, *, strict: boo
         elif wrong := _misfit(name, part, saved[name]):
             report.wrong_shape.append(wrong)
         else:
-            if isinstance(part, torch.optim.Optimizer):
-                take_beside(part, saved[name], memory)
-            ready[name] = partial(part.load_state_dict, memory.replaced(saved[name]))
+            ready[name] = partial(part.load_state_dict, _loadable(part, saved[name], memory))
             report.loaded.append(name)
     report.unexpected += [
         f"{name} (the whole part)"
@@ -147,6 +145,17 @@ def match(parts: Parts, snapshot: Snapshot, selection: Selection, *, strict: boo
     rng_state = snapshot.own[RNG] if has_rng else None
     targets = [*(pair for one in into for pair in one.targets), *memory.targets]
     return Matched(parts, ready, targets, rng_state, report)
+
+
+def _loadable(part: Any, saved: Any, memory: NewMemory) -> Any:
+    """What ``load_state_dict`` of ``part`` is to be given."""
+    if not isinstance(part, torch.optim.Optimizer):
+        return memory.replaced(saved)
+    take_beside(part, saved, memory)
+    state = memory.replaced(saved)
+    for group in state["param_groups"]:
+        group["params"] = Positions(group["params"])
+    return state
 
 
 def _match_module(
@@ -172,7 +181,8 @@ def _match_module(
             report.loaded.append(f"{name}.{canonical}")
             if into.take(key, found[canonical]):
                 report.in_place.append(report.loaded[-1])
-            if (here := _dtype(live[key])) and (there := _dtype(found[canonical])) and here != there:
+            if _is_converted(live[key], found[canonical]):
+                there, here = (str(one.dtype).removeprefix("torch.") for one in (found[canonical], live[key]))
                 report.converted.append(f"{name}.{canonical} ({there} there, {here} here)")
     known = set(keys.values())
     unexpected = [key for key in found if key not in known and selection.takes(name, key)]
@@ -208,6 +218,8 @@ def _without_foreign_prefix(saved: dict[str, Any], known: set[str]) -> dict[str,
 
 
 def _fits(key: str, live: Any, found: Any) -> bool:
+    if type(live) is Tensor and type(found) is Tensor and live.shape == found.shape:
+        return True
     if key.rpartition(".")[2] == "_extra_state":
         return True  # what get_extra_state returned, whatever it is
     if isinstance(live, Tensor) and isinstance(found, Tensor) and nn.parameter.is_lazy(live):
@@ -221,8 +233,8 @@ def _shape(value: Any) -> Any:
     return "anything"
 
 
-def _dtype(value: Any) -> str | None:
-    return str(value.dtype).removeprefix("torch.") if isinstance(value, Tensor) else None
+def _is_converted(live: Any, found: Any) -> bool:
+    return isinstance(live, Tensor) and isinstance(found, Tensor) and live.dtype != found.dtype
 
 
 def _nearest(name: str, among: Iterable[str]) -> str:

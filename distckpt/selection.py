@@ -51,6 +51,8 @@ class Selection:
 
     def takes(self, part: str, key: str) -> bool:
         """Whether that key of that part is wanted."""
+        if self.only is None and not self.exclude:
+            return True
         if any(fnmatch.fnmatchcase(f"{part}.{key}", pattern) for pattern in self.exclude):
             return False
         return self.only is None or any(

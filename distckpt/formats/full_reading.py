@@ -36,7 +36,7 @@ class OpenedFull:
         for one in manifest.tensors:
             self._committed[one.file].update(dict.fromkeys(one.keys, (one.dtype, one.shape)))
         self._files: dict[str, SafetensorsFile] = {}
-        self._stand_ins: dict[tuple[str, str, Reference], Tensor] = {}
+        self._stand_ins: dict[tuple[object, ...], Tensor] = {}
         self._places: dict[int, tuple[str, str]] = {}
         self._arrays: list[tuple[str, str, Tensor]] = []
         shared = self._group(layout.STATE, parts)
@@ -79,7 +79,8 @@ class OpenedFull:
         if file not in self._entries or file in self._files:
             return
         opened = self._files[file] = SafetensorsFile(self._store, f"{self._path}/{file}", self._entries[file])
-        if {key: (DTYPES[held.dtype], held.shape) for key, held in opened.held.items()} != self._committed[file]:
+        kinds = {id(held): (DTYPES[held.dtype], held.shape) for held in opened.held.values()}
+        if {key: kinds[id(held)] for key, held in opened.held.items()} != self._committed[file]:
             raise DamagedCheckpoint(f"{self._path}/{file}: its tensors are not those that were committed")
 
     def _find(self, file: str, prefix: str, reference: Reference) -> Any:
@@ -89,7 +90,8 @@ class OpenedFull:
             LookupError, ValueError: where it holds no such one.
         """
         key = prefix + reference.key
-        if (known := self._stand_ins.get((file, key, reference))) is not None:
+        place = (file, key) if reference.dtype is None else (file, key, reference.dtype, reference.shape)
+        if (known := self._stand_ins.get(place)) is not None and not reference.is_array:
             return known
         held = self._files[file].held[key]
         dtype, shape = held.dtype, held.shape
@@ -101,7 +103,7 @@ class OpenedFull:
             array = torch.empty(shape, dtype=dtype)
             self._arrays.append((file, key, array))
             return array.numpy()
-        known = self._stand_ins[file, key, reference] = stand_in(shape, dtype)
+        known = self._stand_ins[place] = stand_in(shape, dtype)
         self._places[id(known)] = (file, key)
         return known
 

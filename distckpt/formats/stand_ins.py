@@ -13,6 +13,8 @@ from torch import Tensor
 
 from distckpt.formats import Opened, Snapshot
 
+_LEAVES = frozenset({bool, int, float, str, type(None)})
+
 
 def stand_in(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """A tensor that stands for one of that shape and type."""
@@ -51,9 +53,13 @@ class NewMemory:
 
     def replaced(self, value: Any) -> Any:
         """``value``, a tree as in a snapshot, with tensors in the place of stand-ins."""
+        if type(value) in _LEAVES:
+            return value
         if isinstance(value, Tensor):
             return self.take(value) if value.is_meta else value
         if type(value) is dict:
+            if _LEAVES.issuperset(map(type, value)):
+                return {key: self.replaced(one) for key, one in value.items()}
             return {self.replaced(key): self.replaced(one) for key, one in value.items()}
         if isinstance(value, dict):
             same = copy.copy(value)  # with its attributes: that of a module has one for versions
