@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
+from concurrent.futures import wait as wait_for
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Protocol
@@ -26,6 +27,9 @@ from distckpt.telling import Teller
 from distckpt.writer import Writer
 
 _log = logging.getLogger("distckpt")
+
+# For training to be stopped no longer than it takes to stage a little: the two would take the GIL from one another.
+_HEAD_START_SECONDS = 0.02
 
 _FAILURE = "failure of save"
 _PROBE_SECONDS = 70.0  # network file systems may keep "not there" in mind for a minute
@@ -118,14 +122,18 @@ class Run:
         number = self._saves
         taken = _now(job.snapshot)
         staged: Future[float] = Future()
-        blocked = None if wait else staged.result
-        future = self._writer.submit(
-            lambda: self._save(number, replace(job, snapshot=taken.result), then, began, blocked)
-        )
-        self._pending = _Pending(number, job.progress, future, taken)
-        if taken.exception() is None:
-            taken.result().stage()
-        staged.set_result(time.monotonic() - began)
+
+        def write() -> Record:
+            wait_for([staged], _HEAD_START_SECONDS)
+            told = replace(job, snapshot=taken.result)
+            return self._save(number, told, then, began, None if wait else staged.result)
+
+        self._pending = _Pending(number, job.progress, self._writer.submit(write), taken)
+        try:
+            if taken.exception() is None:
+                taken.result().stage()
+        finally:
+            staged.set_result(time.monotonic() - began)
         self.saved = job.progress
         if wait:
             self.collect()

@@ -77,7 +77,7 @@ class _Pass:
         others: defaultdict[torch.device, list[tuple[int, Tensor]]] = defaultdict(list)
         for begin, size_bytes, targets in small:
             for target in targets:
-                if _is_plain(target):
+                if target.is_cpu and _is_flat(target):
                     _move(target.data_ptr(), base + begin, size_bytes)
                     moved.append(target)
                 else:
@@ -146,7 +146,7 @@ def _scatter(scratch: Tensor, device: torch.device, placed: Sequence[tuple[int, 
 
 def _is_flat(tensor: Tensor) -> bool:
     """Whether its elements lie in memory one after another, as they stand in a file."""
-    return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+    return tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg())
 
 
 def _is_plain(tensor: Tensor) -> bool:

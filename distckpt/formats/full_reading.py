@@ -50,7 +50,7 @@ class OpenedFull:
         wanted: defaultdict[str, defaultdict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
         for standing, target in targets:
             place = self._places.get(id(standing))
-            if place is None or target.dtype != standing.dtype or target.shape != standing.shape:
+            if place is None or target.dtype is not standing.dtype or target.shape != standing.shape:
                 raise ValueError(
                     f"a {target.dtype} of {tuple(target.shape)} is no place for what was {standing.dtype} of "
                     f"{tuple(standing.shape)}, or that is of another checkpoint"

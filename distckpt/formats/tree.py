@@ -190,10 +190,10 @@ def _encode_rarely(value: Any, place: str, found: _Found) -> Any:
 
 
 def _decode(value: Any, find: Callable[[Reference], Any]) -> Any:
-    if type(value) is list:
-        return [_decode(one, find) for one in value]
     if type(value) is not dict:
-        return value
+        return [_decode(one, find) for one in value] if type(value) is list else value
+    if len(value) == 1 and type(key := value.get(_TENSOR)) is str:  # most of all
+        return find(Reference(key))
     if len(value) != 1 or not next(iter(value)).startswith("$"):
         return {key: _decode(one, find) for key, one in value.items()}
     ((kind, inner),) = value.items()
