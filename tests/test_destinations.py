@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from standing import Standing, put_in
 from torch import Tensor, nn
 
+from distckpt.destinations import Positions
 from distckpt.formats import Snapshot
 from distckpt.matching import Matched, match
 from distckpt.selection import Selection
@@ -291,6 +292,16 @@ def test_an_optimizer_takes_what_was_read_for_its_own_without_a_copy(words, has_
     given = {target.data_ptr() for _, target in found.targets}
     assert {one.data_ptr() for state in live.state.values() for one in state.values()} == given
     assert str(live.state_dict()) == str(saved.state_dict())
+
+
+def test_an_optimizer_is_loaded_without_a_search_for_each_parameter_and_keeps_its_own_list():
+    saved, live = trained(torch.optim.AdamW), trained(torch.optim.AdamW)
+    found, opened = matched({"o": live}, {"o": saved.state_dict()})
+    (given,) = found.ready["o"].args  # what load_state_dict is given
+    numbers = given["param_groups"][0]["params"]
+    assert isinstance(numbers, Positions) and list(numbers) == [0, 1] and 1 in numbers and 2 not in numbers
+    put_in(found, opened)
+    assert type(live.param_groups[0]["params"]) is list
 
 
 def test_what_is_new_for_an_optimizer_is_where_its_parameters_are():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import shutil
 from collections.abc import Callable
@@ -256,6 +257,23 @@ def test_an_error_that_may_pass_while_it_is_read_says_that_the_state_holds_a_par
     told = two_saves.restore(live.fit)
     assert [type(one) for one in told] == [RankFailure] * 2 and not any(fit.is_applied for _, fit in live.fits)
     assert "read of step-00000002, of which the state holds a part now, failed: rank 1: OSError" in str(told[0])
+
+
+@pytest.mark.parametrize("is_on", [True, False])
+def test_python_looks_for_no_garbage_meanwhile_and_goes_on_afterwards(two_saves, is_on):
+    seen = []
+
+    def fit(snapshot: Snapshot, record: Record) -> Into:
+        seen.append(gc.isenabled())
+        raise StateMismatch("of another model")
+
+    was_on = gc.isenabled()
+    (gc.enable if is_on else gc.disable)()
+    try:
+        two_saves.restore(fit)
+        assert gc.isenabled() == is_on and not any(seen)
+    finally:
+        (gc.enable if was_on else gc.disable)()
 
 
 def test_what_cannot_be_put_in_on_one_rank_is_raised_on_all(two_saves):

@@ -42,6 +42,31 @@ from distckpt.testing import FaultyStore, on_threads, thread_ranks
 TIMEOUT = timedelta(seconds=20)
 
 
+class Ordered:
+    """A snapshot that tells in which order it was staged and asked for by the writer."""
+
+    def __init__(self, inner: Staged, told: list[str], *, needs_the_writer: bool = False) -> None:
+        self._inner, self._told = inner, told
+        self._written = threading.Event()
+        self._needs_the_writer = needs_the_writer
+
+    def stage(self) -> None:
+        self._inner.stage()
+        assert not self._needs_the_writer or self._written.wait(10)
+        self._told.append("staged")
+
+    def write(self, store, path):
+        self._written.set()
+        self._told.append("written")
+        return self._inner.write(store, path)
+
+    def settle(self) -> None:
+        self._inner.settle()
+
+    def release(self) -> None:
+        self._inner.release()
+
+
 class KeepNewest:
     """Keeps the newest few, and points a label at the last."""
 
@@ -228,6 +253,22 @@ def test_a_state_is_taken_when_it_is_saved_and_not_when_it_is_written(tmp_path):
         return seen
 
     assert on_ranks(1, work) == [[1]] and took == [1]
+
+
+@pytest.mark.parametrize("needs_the_writer", [False, True])
+def test_training_goes_on_before_the_writer_begins_unless_it_waits_for_it(tmp_path, needs_the_writer):
+    told: list[str] = []
+
+    def work(ranks) -> None:
+        run = open_run(ranks, tmp_path)
+        plain = job(1, 0)
+        snapshot = Ordered(plain.snapshot(), told, needs_the_writer=needs_the_writer)
+        run.save(replace(plain, snapshot=lambda: snapshot), began=time.monotonic(), wait=True)
+        run.close()
+
+    on_ranks(1, work)
+    assert told == (["written", "staged"] if needs_the_writer else ["staged", "written"])
+    assert names(tmp_path) == ["step-00000001"]
 
 
 # What fails

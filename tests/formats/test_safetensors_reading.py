@@ -95,6 +95,8 @@ HOSTILE = {
     "negative offsets": header({"a": tensor([1], -1, 0)}, b"1"),
     "a negative shape": header({"a": tensor([-1, -1], 0, 1)}, b"1"),
     "a shape of truths": header({"a": tensor([True], 0, 1)}, b"1"),
+    "truths for a shape like one before": header({"a": tensor([1], 0, 1), "b": tensor([True], 1, 2)}, b"12"),
+    "words for a shape like one before": header({"a": tensor([1], 0, 1), "b": tensor("[1]", 1, 2)}, b"12"),
     "a shape of fractions": header({"a": tensor([1.0], 0, 1)}, b"1"),
     "no shape": header({"a": tensor(None, 0, 1)}, b"1"),
     "NaN": header(b'{"a":{"dtype":"U8","shape":[NaN],"data_offsets":[0,1]}}', b"1"),
