@@ -39,7 +39,7 @@ HANDS = {
     *("formats.full", "formats.known", "formats.pth", "formats.safetensors_file", "formats.tree"),
     *("formats.full_layout", "formats.safetensors_layout", "formats.savable", "formats.form"),
     *("formats.tensor_pickle", "formats.zip_archive", "formats.zip_image"),
-    *("formats.full_reading", "formats.safetensors_reading", "formats.filling", "formats.stand_ins"),
+    *("formats.full_reading", "formats.safetensors_reading", "formats.filling", "formats.hashing", "formats.stand_ins"),
     *(
         "ranks.process_group",
         "buffers",

@@ -11,7 +11,7 @@ import xxhash
 from distckpt.engine.ahead import ahead
 from distckpt.engine.copying import BLOCK_BYTES
 from distckpt.formats import Image, Sum
-from distckpt.formats.filling import Hash
+from distckpt.formats.hashing import Hash
 from distckpt.manifest import FileEntry
 from distckpt.stores import Store
 

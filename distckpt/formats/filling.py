@@ -5,15 +5,12 @@ from __future__ import annotations
 import ctypes
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
+from distckpt.formats.hashing import Behind, Hash, behind
 from distckpt.stores import Source
-
-if TYPE_CHECKING:
-    from typing_extensions import Buffer
 
 # One call reads what is this small together with its neighbours; larger tensors are read into where they lie.
 SMALL_BYTES = 256 * 1024
@@ -25,16 +22,11 @@ _move.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 _move.restype = ctypes.c_void_p
 
 
-class Hash(Protocol):
-    """What is told all bytes of a file, such as ``xxhash.xxh3_128()``."""
-
-    def update(self, data: Buffer) -> object: ...
-
-
 def fill(source: Source, spans: Iterable[tuple[int, Sequence[Tensor]]], digest: Hash) -> None:
     """The next bytes of ``source`` are in ``digest`` and, span after span, in the tensors that are given with each.
 
-    Takes a few MiB of memory, and as much as the largest tensor whose elements do not lie in order.
+    Takes a few MiB of memory, and as much as the largest tensor whose elements do not lie in order. Bytes are hashed by
+    a thread of their own, meanwhile: nobody else may change the tensors.
 
     Args:
         spans: how many bytes, and the tensors, of one shape and dtype and so many bytes, that hold them afterwards.
@@ -42,8 +34,8 @@ def fill(source: Source, spans: Iterable[tuple[int, Sequence[Tensor]]], digest: 
     Raises:
         EOFError, OSError: where the source does.
     """
-    with torch.no_grad():
-        one_pass = _Pass(source, digest)
+    with torch.no_grad(), behind(digest) as hashed:
+        one_pass = _Pass(source, hashed)
         for size_bytes, targets in spans:
             if size_bytes <= SMALL_BYTES:
                 one_pass.take_small(size_bytes, targets)
@@ -53,7 +45,7 @@ def fill(source: Source, spans: Iterable[tuple[int, Sequence[Tensor]]], digest: 
 
 
 class _Pass:
-    def __init__(self, source: Source, digest: Hash) -> None:
+    def __init__(self, source: Source, digest: Behind) -> None:
         self._source = source
         self._digest = digest
         self._scratch = torch.empty(_SCRATCH_BYTES, dtype=torch.uint8)
@@ -71,7 +63,7 @@ class _Pass:
         """What is small was read and handed out."""
         small, count = self._small, self._count
         self._small, self._count = [], 0
-        self._read(self._scratch[:count])
+        self._read_scratch(count)
         base = self._scratch.data_ptr()
         moved: list[Tensor] = []
         others: defaultdict[torch.device, list[tuple[int, Tensor]]] = defaultdict(list)
@@ -90,7 +82,7 @@ class _Pass:
         self.flush()
         if not targets:
             for begin in range(0, size_bytes, _PIECE_BYTES):
-                self._read(self._scratch[: min(_PIECE_BYTES, size_bytes - begin)])
+                self._read_scratch(min(_PIECE_BYTES, size_bytes - begin))
             return
         fitting = [*filter(_is_plain, targets), *filter(_is_flat, targets)]
         first = fitting[0] if fitting else torch.empty(targets[0].shape, dtype=targets[0].dtype)
@@ -101,16 +93,24 @@ class _Pass:
         for target in targets:
             if target is not first:
                 target.copy_(first)
+        if not fitting:
+            self._digest.drain()  # before the memory is gone that none of them has
 
     def _carry(self, target: Tensor) -> None:
         """``target``, on a device, is read through memory that the device copies from fast."""
         if target.is_cuda and not self._scratch.is_pinned():
+            self._digest.drain()
             self._scratch = torch.empty(_SCRATCH_BYTES, dtype=torch.uint8, pin_memory=True)
         elements = target.reshape(-1).view(torch.uint8)
         for begin in range(0, len(elements), _SCRATCH_BYTES):
             piece = elements[begin : begin + _SCRATCH_BYTES]
-            self._read(self._scratch[: len(piece)])
+            self._read_scratch(len(piece))
             piece.copy_(self._scratch[: len(piece)])
+
+    def _read_scratch(self, count: int) -> None:
+        """The next bytes are in the scratch memory, where those before are hashed by now."""
+        self._digest.drain()
+        self._read(self._scratch[:count])
 
     def _read(self, target: Tensor) -> None:
         """``target``, on the host and in order, holds the next bytes."""
