@@ -12,7 +12,7 @@ import re
 import zipfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Protocol, cast
+from typing import IO, TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 from distckpt import layout
 from distckpt.errors import DamagedCheckpoint, NoCheckpoint
 from distckpt.formats import Image, Opened, Snapshot
+from distckpt.formats.hashing import Hash
 from distckpt.formats.zip_image import ZipLayout
 from distckpt.manifest import FileEntry, Manifest, Record
 from distckpt.ranks import LEADER
@@ -33,12 +34,6 @@ if TYPE_CHECKING:
 
 _BUFFER_BYTES = 1024 * 1024  # joins the many small pieces of a zip file; larger ones pass without a copy
 _PIECE_BYTES = 16 * 1024 * 1024
-
-
-class Hash(Protocol):
-    """What is told all bytes of a file, such as ``hashlib.sha256()``."""
-
-    def update(self, data: Buffer) -> object: ...
 
 
 class Pth:
