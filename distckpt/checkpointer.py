@@ -15,16 +15,16 @@ from distckpt import environment
 from distckpt.best import Metric, parse_metrics
 from distckpt.buffers import parse_mode, sync_buffers
 from distckpt.catalog import scan
-from distckpt.engine.memory import expected_bytes
+from distckpt.choosing import FORMATS, choose_format
+from distckpt.engine.memory import Size, expected_size
 from distckpt.engine.stager import LEAST_ARENA_BYTES, MODES, Mode, Stager
 from distckpt.formats import Snapshot, Staged
-from distckpt.formats.full import Full
 from distckpt.formats.known import get_format
 from distckpt.judging import Judge
 from distckpt.keeping import LabelledKeeping
 from distckpt.manifest import Record
 from distckpt.progress import Progress
-from distckpt.ranks import from_leader, is_leader
+from distckpt.ranks import Ranks, from_leader, is_leader, together
 from distckpt.ranks.process_group import detect
 from distckpt.resuming import best_of, name_of, resume, start_from
 from distckpt.run import Run
@@ -67,7 +67,10 @@ class Checkpointer:
         keep_every: keep those at each multiple of so many steps for ever.
         keep_for: keep those younger than that, e.g. ``"7d"``.
         keep_bytes: the budget of the directory, e.g. ``"2TB"``. The oldest go first, never the newest or a best.
-        format: ``"full"``, or ``"auto"``, which today is the same: rank 0 writes one file for each part.
+        format: ``"full"``: rank 0 writes one file for each part. ``"sharded"``: every rank writes what it has of
+            tensors that are spread over ranks (FSDP2, tensor parallel), and its share of those that are not; any number
+            of ranks reads it. ``"auto"``: sharded where tensors are spread over ranks, or several ranks have more than
+            2 GB to write; the log says so.
         async_save: whether training goes on while a save is written.
         snapshot: ``"eager"``: a save stops training until the state is copied into host memory. ``"lazy"``: until that
             is copied which may change before the optimizer's next step; weights and moments are copied beside the next
@@ -113,7 +116,7 @@ class Checkpointer:
         keep_every: int | None = None,
         keep_for: str | timedelta | None = None,
         keep_bytes: str | int | None = None,
-        format: Literal["auto", "full"] = "auto",
+        format: Literal["auto", "full", "sharded"] = "auto",
         async_save: bool = True,
         snapshot: Mode = "auto",
         arena_bytes: int | None = None,
@@ -128,7 +131,7 @@ class Checkpointer:
     ) -> None:
         refuse_unknown(unknown, inspect.signature(Checkpointer).parameters, "Checkpointer")
         check_flags(by_epoch=by_epoch, save_last=save_last, async_save=async_save, recycle=recycle)
-        check_choice("format", format, ("auto", "full"))
+        check_choice("format", format, FORMATS)
         check_choice("when_busy", when_busy, ("wait", "skip"))
         check_choice("snapshot", snapshot, MODES)
         check_bytes("arena_bytes", arena_bytes, least=LEAST_ARENA_BYTES)
@@ -147,14 +150,15 @@ class Checkpointer:
         self._when_busy = when_busy
         self._init_from = os.fspath(init_from) if init_from is not None else None
         self._parts = Parts(state, per_rank)
-        self._format = Full()
 
         store = LocalStore(out_dir, recycles=recycle)
         ranks = detect(timeout)
+        size = expected_size(self._parts.shared.values())
+        self._format = choose_format(format, size, ranks)
         self._judge = Judge(metrics, max_keep_best, ranks=ranks, records=lambda: self._run.known_records())
         keeping = LabelledKeeping(kept, self._judge)
         self._stager = Stager(snapshot, arena_bytes=arena_bytes, modules=self._parts.modules.values())
-        from_leader(ranks, "memory for snapshots", self._reserve)
+        together(ranks, "memory for snapshots", lambda: self._reserve(size, ranks))
         from_leader(ranks, "creation of the directory", store.make_root)
         self._run = Run(
             store,
@@ -395,6 +399,7 @@ class Checkpointer:
         self._run.collect()
         sync_buffers(self._parts.modules.values(), self._buffers_mode, ranks=self._ranks, timeout=self._timeout)
         self._triggers.restart()
+        self._run.plan(self._capture)
         job = Job(self._progress, reasons, self._take, metrics=self._metrics, environment=self._environment)
         self._run.save(job, began=began, wait=not self._async_save or self._triggers.should_stop)
 
@@ -408,15 +413,21 @@ class Checkpointer:
         # Whether a writer is done is seen by each rank at another time, so one of them says.
         return bool(from_leader(self._ranks, "look at the writer", lambda: self._run.is_busy))
 
-    def _reserve(self) -> None:
-        tensors = [one for module in self._parts.modules.values() for one in module.parameters()]
-        on_device = any(one.is_cuda for one in tensors)
-        self._stager.reserve(expected_bytes(self._parts.shared.values()), is_pinned=on_device)
+    def _reserve(self, size: Size, ranks: Ranks) -> None:
+        if self._format.planner is not None:
+            share = size.spread_bytes + size.whole_bytes // ranks.world_size
+            self._stager.reserve(share, is_pinned=size.is_on_device)
+        elif is_leader(ranks):
+            self._stager.reserve(size.total_bytes, is_pinned=size.is_on_device)
+
+    def _capture(self) -> Snapshot:
+        is_sharded = self._format.planner is not None
+        is_mine = is_sharded or is_leader(self._ranks)
+        shared = self._parts.capture_shared(is_leader=is_leader(self._ranks), by_name=is_sharded)
+        return Snapshot(shared if is_mine else {}, self._parts.capture_own())
 
     def _take(self) -> Staged:
-        shared = self._parts.capture_shared(is_leader=is_leader(self._ranks))
-        state = Snapshot(shared if is_leader(self._ranks) else {}, self._parts.capture_own())
-        return self._stager.take(self._format.lay_out(state, self._ranks.rank))
+        return self._stager.take(self._format.lay_out(self._capture(), self._ranks.rank))
 
     def _is_best(self, numbers: Mapping[str, float | None]) -> bool:
         self._run.collect()  # a save in flight may be the best so far, which its record will say

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distckpt.formats.shards import is_spread, local_of
 from distckpt.formats.stand_ins import NewMemory, is_stand_in
 
 _PLAIN = (Tensor, nn.Parameter)
+_FSDP2 = "torch.distributed.fsdp._fully_shard."
 
 
 class IntoModule:
@@ -40,7 +42,7 @@ class IntoModule:
         """``found``, of the right shape, is to be under ``key``; whether it is read straight into what is there."""
         tensor = self._tensors.get(key)
         if tensor is None or not is_stand_in(found) or not self._is_live(key, tensor, found):
-            self._state[key] = self._memory.replaced(found)
+            self._state[key] = self._new(found, self._live[key])
             self._is_stock = False
             return False
         self.targets.append((found, tensor))
@@ -53,14 +55,21 @@ class IntoModule:
         if not self._is_stock:
             self._module.load_state_dict(self._state, strict=False)
 
+    def _new(self, found: Any, live: Any) -> Any:
+        if is_stand_in(found) and isinstance(live, Tensor) and is_spread(live):
+            return self._memory.take(found, like=live)
+        return self._memory.replaced(found)
+
     def _is_live(self, key: str, tensor: Tensor, found: Tensor) -> bool:
         """Whether reading into ``tensor`` is what loading would come to: the state shows it as it is, and no other of
         the checkpoint's tensors goes to the same memory."""
         shown = self._live[key]
-        is_shown = isinstance(shown, Tensor) and shown.data_ptr() == tensor.data_ptr() and shown.dtype == tensor.dtype
-        if not is_shown or tensor.dtype != found.dtype:
+        if not isinstance(shown, Tensor) or shown.dtype != tensor.dtype or tensor.dtype != found.dtype:
             return False
-        return self._taken.setdefault(tensor.data_ptr(), found) is found or not tensor.numel()
+        address = local_of(tensor).data_ptr()
+        if local_of(shown).data_ptr() != address:
+            return False
+        return self._taken.setdefault(address, found) is found or not local_of(tensor).numel()
 
 
 def take_beside(optimizer: torch.optim.Optimizer, saved: Any, memory: NewMemory) -> None:
@@ -73,7 +82,8 @@ def take_beside(optimizer: torch.optim.Optimizer, saved: Any, memory: NewMemory)
     for index, parameter in zip(there, here, strict=True):
         for name, value in saved["state"].get(index, {}).items():
             if is_stand_in(value) and name != "step":  # which stays on the host, unless the optimizer moves it
-                memory.take(value, device=parameter.device)
+                like = optimizer.state.get(parameter, {}).get(name, parameter)
+                memory.take(value, device=parameter.device, like=like)
 
 
 class Positions(list[int]):
@@ -113,9 +123,8 @@ def _loads_whole_as_stock(module: nn.Module) -> bool:
 
 
 def _loads_as_stock(module: nn.Module) -> bool:
-    if module._load_state_dict_post_hooks:
-        return False
-    if not all(_is_ours(hook) for hook in module._load_state_dict_pre_hooks.values()):
+    hooks = chain(module._load_state_dict_pre_hooks.values(), module._load_state_dict_post_hooks.values())
+    if not all(map(_does_nothing, hooks)):
         return False
     return _is_of_module(module._load_from_state_dict, nn.Module._load_from_state_dict)
 
@@ -124,13 +133,16 @@ def _is_of_module(method: Any, stock: Any) -> bool:
     return getattr(method, "__func__", None) is stock
 
 
-def _is_ours(hook: Any) -> bool:
-    """torch wraps what was registered."""
-    return bool(getattr(getattr(hook, "hook", hook), "is_of_distckpt", False))
+def _does_nothing(hook: Any) -> bool:
+    """Whether it is ours, or one of FSDP2: these bring parameters back that ``state_dict()`` has brought back by then,
+    and look at those that were replaced, which none is. torch wraps what was registered."""
+    registered = getattr(hook, "hook", hook)
+    return getattr(registered, "is_of_distckpt", False) or getattr(registered, "__module__", "").startswith(_FSDP2)
 
 
 def _is_plain(tensor: Tensor) -> bool:
     """Whether its elements are numbers in memory, each in its own place, which may be overwritten."""
+    tensor = local_of(tensor)
     if type(tensor) not in _PLAIN or tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:
         return False
     if tensor.is_meta or tensor.is_conj() or tensor.is_neg() or tensor.is_inference():

@@ -27,6 +27,7 @@ SPARE_PREFIX = ".spare-"
 
 _STEP = re.compile(r"step-([0-9]{8,18})(?:\.([0-9]{1,9}))?")
 _ATTEMPT = re.compile(r"\.attempt-([0-9]{8,18})")
+_SHARD = re.compile(r"rank-([0-9]{5,9})(?:\.[1-9][0-9]*)?\.safetensors")
 _SAFE = re.compile(r"[A-Za-z0-9_+=@,-][A-Za-z0-9._+=@, -]{0,199}")
 
 
@@ -92,6 +93,38 @@ def rank_file(rank: int) -> str:
 def rank_tensors(rank: int) -> str:
     """The tensors that belong to one rank alone."""
     return f"rank-{rank:05d}.safetensors"
+
+
+def shard_file(rank: int, nth: int = 0) -> str:
+    """The tensors that one rank writes, in the sharded format. A file holds one box of a tensor: further ones go to
+    further files."""
+    return f"rank-{rank:05d}.{nth}.safetensors" if nth else rank_tensors(rank)
+
+
+def rank_of(file: str) -> int | None:
+    """The rank whose `shard_file` that is."""
+    match = _SHARD.fullmatch(file)
+    return int(match[1]) if match else None
+
+
+def rank_state(rank: int) -> str:
+    """What one rank knows of the job's state, where it is not what the leader knows."""
+    return f"rank-{rank:05d}.state.json"
+
+
+def is_rank_state(name: str) -> bool:
+    """Whether that is a `rank_state`."""
+    return name.endswith(".state.json")
+
+
+def own_key(rank: int, part: str, key: str) -> str:
+    """The key of a tensor that belongs to one rank alone, among those of all ranks."""
+    return f"rank-{rank:05d}.{part}.{key}"
+
+
+def digests_file(file: str) -> str:
+    """The digests of the blocks of ``file``."""
+    return f"{file.removesuffix('.safetensors')}.digests.json"
 
 
 def best_label(metric: str) -> str:

@@ -7,7 +7,7 @@ so that "the record is there" and "these are the bytes that were committed" are 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -29,41 +29,100 @@ def digest(data: bytes) -> str:
 
 @dataclass(frozen=True)
 class FileEntry:
-    """One file of a checkpoint: its path in the folder, its size, and the xxh3-128 of its bytes."""
+    """One file of a checkpoint: its path in the folder, its size, and the xxh3-128 of its bytes.
+
+    Attributes:
+        digests: the file of the checkpoint that holds the digests of its blocks, so that a part of it can be checked;
+            then ``xxh3_128`` is that of those, which have 16 bytes each. Else ``""``.
+    """
 
     path: str
     size_bytes: int
     xxh3_128: str
+    digests: str = ""
+
+    def to_fields(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "digests" or value}
 
     @classmethod
     def from_fields(cls, fields: Any, what: str) -> FileEntry:
-        entry = cls(**_exactly(fields, {"path": str, "size_bytes": int, "xxh3_128": str}, what))
-        if not layout.is_safe(entry.path):
-            raise ValueError(f"{what}: {ascii(entry.path)[:80]} is no name of a file in a checkpoint")
+        kinds = {"path": str, "size_bytes": int, "xxh3_128": str}
+        if type(fields) is dict and "digests" in fields:
+            kinds["digests"] = str
+        entry = cls(**_exactly(fields, kinds, what))
+        for name in (entry.path, entry.digests) if entry.digests else (entry.path,):
+            if not layout.is_safe(name):
+                raise ValueError(f"{what}: {ascii(name)[:80]} is no name of a file in a checkpoint")
         if entry.size_bytes < 0:
             raise ValueError(f"{what}: {entry.path} has a size of {entry.size_bytes} bytes")
         return entry
 
 
 @dataclass(frozen=True)
+class Chunks:
+    """Where the parts of a tensor lie: chunk by chunk its file, and its box in the whole tensor.
+
+    Attributes:
+        offsets, sizes: so many numbers for each chunk as the tensor has dimensions, one chunk after another.
+    """
+
+    files: tuple[str, ...]
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    @classmethod
+    def joined(cls, several: Sequence[Chunks]) -> Chunks:
+        """The chunks of all of them."""
+        return cls(
+            tuple(file for one in several for file in one.files),
+            tuple(number for one in several for number in one.offsets),
+            tuple(number for one in several for number in one.sizes),
+        )
+
+
+@dataclass(frozen=True)
 class TensorGroup:
-    """The tensors of one file that have one dtype and one global shape, by their keys: a model has many tensors, and
-    few kinds of them."""
+    """Tensors that have one dtype and one global shape and lie alike, by their keys: a model has many tensors, and few
+    kinds of them.
+
+    Attributes:
+        file: that holds each of them whole; ``""`` where they are cut into ``chunks``.
+    """
 
     file: str
     dtype: str
     shape: tuple[int, ...]
     keys: tuple[str, ...]
+    chunks: Chunks | None = None
 
     @classmethod
-    def from_fields(cls, fields: Any, what: str) -> TensorGroup:
-        group = _exactly(fields, {"file": str, "dtype": str, "shape": list, "keys": list}, what)
+    def of(cls, dtype: str, shape: tuple[int, ...], chunks: Chunks, keys: tuple[str, ...]) -> TensorGroup:
+        """Tensors that consist of these chunks."""
+        if len(chunks.files) == 1 and chunks.sizes == shape:
+            return cls(chunks.files[0], dtype, shape, keys)
+        return cls("", dtype, shape, keys, chunks)
+
+    def to_fields(self, numbers: Mapping[str, int]) -> dict[str, Any]:
+        """As JSON, where files of chunks are known by their ``numbers``."""
+        fields: dict[str, Any] = {"dtype": self.dtype, "shape": self.shape, "keys": self.keys}
+        if self.chunks is None:
+            return {"file": self.file, **fields}
+        files = [numbers[file] for file in self.chunks.files]
+        return {"chunks": {"files": files, "offsets": self.chunks.offsets, "sizes": self.chunks.sizes}, **fields}
+
+    @classmethod
+    def from_fields(cls, fields: Any, files: Sequence[FileEntry], what: str) -> TensorGroup:
+        is_cut = type(fields) is dict and "chunks" in fields
+        place = {"chunks": dict} if is_cut else {"file": str}
+        group = _exactly(fields, {"dtype": str, "shape": list, "keys": list, **place}, what)
         shape, keys = group["shape"], group["keys"]
-        if not all(type(extent) is int and extent >= 0 for extent in shape):
-            raise ValueError(f"{what}: tensors of {ascii(group['file'])[:80]} have the shape {ascii(shape)[:80]}")
+        whose = f"{what}: tensors like {ascii(keys[:1])[:80]}"
+        if not _are_counts(shape):
+            raise ValueError(f"{whose} have the shape {ascii(shape)[:80]}")
         if not set(map(type, keys)) <= {str}:
-            raise ValueError(f"{what}: tensors of {ascii(group['file'])[:80]} have keys that are no words")
-        return cls(group["file"], group["dtype"], tuple(shape), tuple(keys))
+            raise ValueError(f"{whose} have keys that are no words")
+        chunks = _chunks(group["chunks"], len(shape), files, whose) if is_cut else None
+        return cls("" if is_cut else group["file"], group["dtype"], tuple(shape), tuple(keys), chunks)
 
 
 @dataclass(frozen=True)
@@ -101,12 +160,13 @@ class Manifest:
         return sum(file.size_bytes for file in self.files)
 
     def to_json(self) -> bytes:
+        numbers = {one.path: number for number, one in enumerate(self.files)}
         return strict_json.dump(
             {
                 **{one.name: getattr(self, one.name) for one in dataclasses.fields(self)},
                 "progress": asdict(self.progress),
-                "files": [vars(one) for one in self.files],
-                "tensors": [vars(one) for one in self.tensors],
+                "files": [one.to_fields() for one in self.files],
+                "tensors": [one.to_fields(numbers) for one in self.tensors],
             }
         )
 
@@ -122,12 +182,12 @@ class Manifest:
             fields = strict_json.load(data, what)
             _refuse_newer(fields, what)
             common = _common(fields, what)
-            files = take(fields, "files", list, what)
+            files = _files(take(fields, "files", list, what), what)
             tensors = take(fields, "tensors", list, what)
             return cls(
                 **common,
-                files=_files(files, what),
-                tensors=tuple(TensorGroup.from_fields(one, what) for one in tensors),
+                files=files,
+                tensors=tuple(TensorGroup.from_fields(one, files, what) for one in tensors),
                 seconds=_numbers(take(fields, "seconds", dict, what), what),
                 environment=_words(take(fields, "environment", dict, what), what),
                 read_with=take(fields, "read_with", str, what),
@@ -218,6 +278,20 @@ def _exactly(fields: Any, kinds: Mapping[str, type], what: str) -> dict[str, Any
     if type(fields) is not dict or fields.keys() != kinds.keys():
         raise ValueError(f"{what}: {ascii(fields)[:80]} should have exactly {', '.join(kinds)}")
     return {key: take(fields, key, kind, what) for key, kind in kinds.items()}
+
+
+def _are_counts(values: list[Any]) -> bool:
+    return set(map(type, values)) <= {int} and (not values or min(values) >= 0)
+
+
+def _chunks(told: dict[str, Any], dims: int, files: Sequence[FileEntry], whose: str) -> Chunks:
+    fields = _exactly(told, {"files": list, "offsets": list, "sizes": list}, whose)
+    numbers, offsets, sizes = fields["files"], fields["offsets"], fields["sizes"]
+    if not all(map(_are_counts, (numbers, offsets, sizes))) or max(numbers, default=0) >= len(files):
+        raise ValueError(f"{whose} lie in files that there are not, or at no places")
+    if not len(offsets) == len(sizes) == dims * len(numbers):
+        raise ValueError(f"{whose} have {len(numbers)} chunks, {len(offsets)} offsets and {len(sizes)} sizes")
+    return Chunks(tuple(files[number].path for number in numbers), tuple(offsets), tuple(sizes))
 
 
 def _files(told: list[Any], what: str) -> tuple[FileEntry, ...]:

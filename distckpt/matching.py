@@ -18,8 +18,10 @@ from distckpt.errors import StateMismatch
 from distckpt.formats import Snapshot
 from distckpt.formats.stand_ins import NewMemory
 from distckpt.manifest import Record
+from distckpt.optimizers import by_number, is_by_name
 from distckpt.selection import Selection
-from distckpt.state import RNG, Parts, canonical_keys
+from distckpt.state import RNG, Parts
+from distckpt.wrappers import canonical_keys
 
 # A model of another kind misses thousands of keys; the first few say so, and each nearest name costs a search.
 _SHOWN = 20
@@ -124,8 +126,13 @@ def match(parts: Parts, snapshot: Snapshot, selection: Selection, *, strict: boo
             ready[name] = into[-1].put_in
         elif word := selection.word_for_keys_of(name):
             raise StateMismatch(f"{word}= names keys of {name}, which is no module: it is taken whole or not at all")
-        elif wrong := _misfit(name, part, saved[name]):
-            report.wrong_shape.append(wrong)
+        elif isinstance(part, torch.optim.Optimizer) and is_by_name(saved[name]):
+            state, wrong = by_number(saved[name], part, parts.names_in(part))
+            report.wrong_shape += [f"{name}: {one}" for one in wrong]
+            ready[name] = partial(part.load_state_dict, _loadable(part, state, memory))
+            report.loaded.append(name)
+        elif misfit := _misfit(name, part, saved[name]):
+            report.wrong_shape.append(misfit)
         else:
             ready[name] = partial(part.load_state_dict, _loadable(part, saved[name], memory))
             report.loaded.append(name)

@@ -18,6 +18,7 @@ from distckpt.catalog import Catalog
 from distckpt.errors import DistckptError, SaveFailed
 from distckpt.formats import Format, Snapshot, Staged
 from distckpt.manifest import Record
+from distckpt.planning import plan
 from distckpt.progress import Progress
 from distckpt.ranks import Ranks, from_leader, is_leader, together
 from distckpt.restoring import F, Restored, restore_newest
@@ -99,6 +100,19 @@ class Run:
         self.saved: Progress | None = None
         self.record: Record | None = None
         self.is_closed = False
+
+    def plan(self, capture: Callable[[], Snapshot]) -> None:
+        """The ranks know who writes what of the next save, of a state like this one. Asks them only where they do not
+        yet, or where the save before, which has ended, found that the state has become another.
+
+        Raises:
+            RankFailure: on all ranks, where the state of one cannot be stored, or they do not hold it whole and alike.
+        """
+        if (planner := self._format.planner) is None:
+            return
+        self.collect()
+        if planner.is_due:
+            plan(self.ranks, planner, capture)
 
     def save(
         self, job: Job, *, began: float, wait: bool = False, then: Callable[[Record], None] | None = None

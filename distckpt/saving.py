@@ -10,14 +10,14 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 from distckpt.catalog import Catalog, Draft
 from distckpt.errors import DistckptError, RankFailure, SaveFailed
 from distckpt.formats import Format, Staged, Written
-from distckpt.manifest import FileEntry, Manifest, Record, TensorGroup
+from distckpt.manifest import Chunks, FileEntry, Manifest, Record, TensorGroup
 from distckpt.progress import Progress
-from distckpt.ranks import Json, Ranks, from_leader, is_leader, together
+from distckpt.ranks import Json, Ranks, from_leader, is_leader, to_leader, together
 from distckpt.stores import Store
 
 _log = logging.getLogger("distckpt")
@@ -70,11 +70,17 @@ def save(
         together(ranks, f"{what} (snapshot)", lambda: bool(job.snapshot()))
         draft = _to_draft(from_leader(ranks, f"{what} (begin)", lambda: _begin(catalog, job)))
         clock.lap("agree")
-        told = together(ranks, f"{what} (write)", lambda: _write(job, store, draft))
+        told = to_leader(ranks, f"{what} (write)", lambda: _write(job, store, draft))
         clock.lap("write")
-        record = from_leader(ranks, f"{what} (commit)", lambda: _commit(catalog, draft, job, format, told, clock))
+        record, is_planned = from_leader(
+            ranks, f"{what} (commit)", lambda: _commit(catalog, draft, job, format, told, clock)
+        )
+        if format.planner is not None:
+            format.planner.is_due = not is_planned
         clock.lap("commit")
     except DistckptError as failure:
+        if format.planner is not None:
+            format.planner.is_due = True  # on all ranks, as it failed on all
         if draft is not None and catalog is not None:
             _abandon(catalog, draft)
         if isinstance(failure, RankFailure):
@@ -103,13 +109,14 @@ def _write(job: Job, store: Store, draft: Draft) -> Json:
     if draft.is_folder and written.files:
         store.settle(draft.path)  # each client of a network file system must do it for its own names
     return {
-        "files": [[file.path, file.size_bytes, file.xxh3_128] for file in written.files],
-        "tensors": [[one.file, one.dtype, one.shape, one.keys] for one in written.tensors],
+        "files": [[file.path, file.size_bytes, file.xxh3_128, file.digests] for file in written.files],
+        "tensors": None if written.tensors is None else [_to_json(one) for one in written.tensors],
         "measures": dict(written.measures),
     }
 
 
 def _commit(catalog: Catalog | None, draft: Draft, job: Job, format: Format, told: list[Json], clock: _Clock) -> Json:
+    """The record, and whether all ranks wrote what they had agreed on."""
     written = [_to_written(one) for one in told]
     manifest = Manifest(
         progress=job.progress,
@@ -121,7 +128,7 @@ def _commit(catalog: Catalog | None, draft: Draft, job: Job, format: Format, tol
         attempt=0,
         serial=0,
         files=tuple(file for one in written for file in one.files),
-        tensors=tuple(group for one in written for group in one.tensors),
+        tensors=format.tensors_of(written),
         metrics=job.metrics,
         seconds=clock.seconds,
         environment=job.environment,
@@ -129,14 +136,23 @@ def _commit(catalog: Catalog | None, draft: Draft, job: Job, format: Format, tol
     )
     if not draft.is_folder:
         manifest = replace(manifest, files=tuple(replace(file, path=draft.name) for file in manifest.files))
-    return _owned(catalog).commit(draft, manifest).to_json().decode()
+    record = _owned(catalog).commit(draft, manifest).to_json().decode()
+    return [record, all(one.tensors is None for one in written)]
 
 
-def _to_written(told: Any) -> Written:
-    groups = [(file, dtype, tuple(shape), tuple(keys)) for file, dtype, shape, keys in told["tensors"]]
-    return Written(
-        files=tuple(FileEntry(*one) for one in told["files"]), tensors=tuple(TensorGroup(*one) for one in groups)
-    )
+def _to_json(group: TensorGroup) -> Json:
+    chunks = group.chunks and [group.chunks.files, group.chunks.offsets, group.chunks.sizes]
+    return [group.file, group.dtype, group.shape, group.keys, chunks]
+
+
+def _to_group(told: Json) -> TensorGroup:
+    file, dtype, shape, keys, chunks = told
+    return TensorGroup(file, dtype, tuple(shape), tuple(keys), chunks and Chunks(*map(tuple, chunks)))
+
+
+def _to_written(told: Json) -> Written:
+    tensors = None if told["tensors"] is None else tuple(map(_to_group, told["tensors"]))
+    return Written(files=tuple(FileEntry(*one) for one in told["files"]), tensors=tensors)
 
 
 def _most(told: list[Json]) -> dict[str, float]:

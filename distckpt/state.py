@@ -6,19 +6,21 @@ A *part* is any object with ``state_dict`` and ``load_state_dict``.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from distckpt import rng
+from distckpt.optimizers import by_name as named
+from distckpt.optimizers import parameter_names
+from distckpt.wrappers import canonical_keys
 
 RNG = "rng"
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 _RESERVED = {RNG, "state", "manifest", "claim"}
-_WRAPPED = {nn.parallel.DistributedDataParallel: "module", nn.DataParallel: "module"}
-_WRAPPED_NAMES = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
 class Parts:
@@ -49,10 +51,17 @@ class Parts:
         """The parts that are modules."""
         return {name: part for name, part in self.shared.items() if isinstance(part, nn.Module)}
 
-    def capture_shared(self, *, is_leader: bool) -> dict[str, Any]:
+    def names_in(self, optimizer: torch.optim.Optimizer) -> list[str]:
+        """What its parameters are called; see `distckpt.optimizers.parameter_names`."""
+        return parameter_names(optimizer, self.modules)
+
+    def capture_shared(self, *, is_leader: bool, by_name: bool = False) -> dict[str, Any]:
         """The state of the shared parts: references, no copies. Collective for parts whose ``state_dict`` is.
 
         Keys of modules have no prefixes of wrappers. Nothing is initialised, stepped or changed.
+
+        Args:
+            by_name: whether the state of optimizers is known by names of parameters, and not by their numbers.
         """
         captured = {}
         for name, part in self.shared.items():
@@ -61,24 +70,13 @@ class Parts:
                 if not is_leader:
                     continue
             captured[name] = _state_of(part)
+            if by_name and isinstance(part, torch.optim.Optimizer):
+                captured[name] = named(captured[name], self.names_in(part))
         return captured
 
     def capture_own(self) -> dict[str, Any]:
         """The state of this rank's own parts and of its random number generators."""
         return {**{name: _state_of(part) for name, part in self.own.items()}, RNG: rng.capture()}
-
-
-def canonical_keys(module: nn.Module, keys: Iterable[str]) -> dict[str, str]:
-    """For each key of ``module``'s state: its name without the prefixes of DDP, torch.compile and other wrappers."""
-    wrappers = {}
-    for path, one in module.named_modules():
-        for kind, child in _WRAPPED.items():
-            if isinstance(one, kind):
-                wrappers[path] = child
-        for child in _WRAPPED_NAMES:
-            if child in one._modules:
-                wrappers[path] = child
-    return {key: _strip(key, wrappers) if wrappers else key for key in keys}
 
 
 def _state_of(part: Any) -> Any:
@@ -87,16 +85,6 @@ def _state_of(part: Any) -> Any:
         return state
     names = canonical_keys(part, state)
     return {names[key]: value for key, value in state.items()}
-
-
-def _strip(key: str, wrappers: Mapping[str, str]) -> str:
-    path: list[str] = []
-    kept: list[str] = []
-    for segment in key.split("."):
-        if wrappers.get(".".join(path)) != segment:
-            kept.append(segment)
-        path.append(segment)
-    return ".".join(kept)
 
 
 def _is_iterable(part: Any) -> bool:

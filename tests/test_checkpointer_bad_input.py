@@ -67,7 +67,6 @@ WRONG = [
     ("keep_bytes", -1, ValueError),
     ("keep_bytes", 1e9, TypeError),
     ("format", "pickle", ValueError),
-    ("format", "sharded", ValueError),
     ("format", None, ValueError),
     ("format", ["full"], ValueError),
     ("async_save", "no", TypeError),

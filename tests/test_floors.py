@@ -14,7 +14,7 @@ POLICIES = {"schedule", "best", "retention", "contest", "selection", "words"}
 CONTRACTS = {"ranks", "stores", "formats"}
 FLOWS = {
     *("attempt", "agreeing", "catalog", "saving", "restoring", "writer", "run"),
-    *("judging", "keeping", "linked_keeping", "pointer", "telling", "triggers"),
+    *("judging", "keeping", "linked_keeping", "planning", "pointer", "telling", "triggers"),
 }
 HANDS_WITHOUT_TORCH = {
     "ranks.board",
@@ -39,6 +39,8 @@ HANDS = {
     *("formats.full", "formats.known", "formats.pth", "formats.safetensors_file", "formats.tree"),
     *("formats.full_layout", "formats.safetensors_layout", "formats.savable", "formats.form"),
     *("formats.tensor_pickle", "formats.zip_archive", "formats.zip_image"),
+    *("formats.boxes", "formats.held", "formats.merging", "formats.shard_file", "formats.sharded"),
+    *("formats.sharded_layout", "formats.sharded_plan", "formats.sharded_reading", "formats.shards", "formats.sharing"),
     *("formats.full_reading", "formats.safetensors_reading", "formats.filling", "formats.hashing", "formats.stand_ins"),
     *(
         "ranks.process_group",
@@ -47,13 +49,15 @@ HANDS = {
         "environment",
         "matching",
         "message_hub",
+        "optimizers",
         "rng",
         "runner_state",
         "state",
+        "wrappers",
     ),
     *(f"engine.{name}" for name in ENGINE),
 }
-INTRODUCED = {"initialising", "publishing", "hook_words"}
+INTRODUCED = {"choosing", "initialising", "publishing", "hook_words"}
 RESUMING = {"resuming"}
 RUNS = {"checkpointer", "runner_run"}
 HOOK = {"hook"}

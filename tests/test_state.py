@@ -19,7 +19,8 @@ from distckpt import Checkpointer
 from distckpt.formats import Snapshot
 from distckpt.matching import match
 from distckpt.selection import Selection
-from distckpt.state import Parts, canonical_keys
+from distckpt.state import Parts
+from distckpt.wrappers import canonical_keys
 
 
 def network() -> nn.Sequential:

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
+from distckpt.formats.shards import local_of
+
 # Where a tensor lies: its address, and its size in bytes.
 Place = tuple[int, int]
 
@@ -52,9 +54,9 @@ class Guard:
                     if isinstance(moments, dict):  # some leave None for what another rank holds
                         tensors += [one for one in moments.values() if isinstance(one, Tensor)]
         try:
-            return {(tensor.data_ptr(), tensor.nbytes) for tensor in tensors}
+            return {(here.data_ptr(), here.nbytes) for here in map(local_of, tensors)}
         except RuntimeError:  # one has no memory of its own (sparse, nested): nobody copies that late
-            return {place for tensor in tensors if (place := _place_of(tensor))}
+            return {place for tensor in tensors if (place := _place_of(local_of(tensor)))}
 
     def hold(self, modules: Iterable[nn.Module]) -> None:
         """``load_state_dict`` of these modules, and of any module in them, waits, too, until `let_go`. Not for ever:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from distckpt.formats.shards import is_spread, local_of
 
 _GROUPS = Path("/sys/fs/cgroup")
 _OWN_GROUP = Path("/proc/self/cgroup")
@@ -49,35 +52,71 @@ def _cached(group: Path, prefix: str) -> int:
     return sum(int(count) for count in re.findall(rf"^{prefix}(?:in)?active_file (\d+)$", told, re.MULTILINE))
 
 
-def expected_bytes(parts: Iterable[Any]) -> int:
+@dataclass(frozen=True)
+class Size:
+    """How many bytes of tensors a state has on this rank.
+
+    Attributes:
+        whole_bytes: of those that are all here, as on every rank.
+        spread_bytes: of what is here of those that are spread over ranks.
+        is_on_device: whether some lie on an accelerator.
+    """
+
+    whole_bytes: int = 0
+    spread_bytes: int = 0
+    is_on_device: bool = False
+
+    @property
+    def total_bytes(self) -> int:
+        return self.whole_bytes + self.spread_bytes
+
+    def __add__(self, other: Size) -> Size:
+        return Size(
+            self.whole_bytes + other.whole_bytes,
+            self.spread_bytes + other.spread_bytes,
+            self.is_on_device or other.is_on_device,
+        )
+
+
+def expected_size(parts: Iterable[Any]) -> Size:
     """How many bytes of tensors these will hold once training has begun: optimizers make theirs in the first step."""
-    total = 0
+    total = Size()
     for part in parts:
         if isinstance(part, nn.Module):
-            total += _bytes_in(part.state_dict())
+            total += _size_of(part.state_dict())
         elif isinstance(part, torch.optim.lr_scheduler.LRScheduler):
             continue  # it has its optimizer, and saves nothing of it
         elif isinstance(optimizer := getattr(part, "optimizer", part), torch.optim.Optimizer):
-            total += _bytes_in(list(optimizer.state.values())) or _moments_bytes(optimizer)
+            found = _size_of(list(optimizer.state.values()))
+            total += found if found.total_bytes else _moments_size(optimizer)
     return total
 
 
-def _moments_bytes(optimizer: torch.optim.Optimizer) -> int:
+def expected_bytes(parts: Iterable[Any]) -> int:
+    """As `expected_size`, all of it."""
+    return expected_size(parts).total_bytes
+
+
+def _moments_size(optimizer: torch.optim.Optimizer) -> Size:
     """As most have it: two of a parameter's size, of SGD one where it has momentum."""
-    total = 0
+    total = Size()
     for group in optimizer.param_groups:
         is_sgd = isinstance(optimizer, torch.optim.SGD)
         moments = int(bool(group.get("momentum"))) if is_sgd else 2 + bool(group.get("amsgrad"))
-        total += moments * sum(one.nbytes for one in group["params"] if one.requires_grad)
+        for _ in range(moments):
+            total += _size_of([one for one in group["params"] if one.requires_grad])
     return total
 
 
-def _bytes_in(value: Any) -> int:
-    found: dict[tuple[int, int], int] = {}
+def _size_of(value: Any) -> Size:
+    found: dict[tuple[int, int, bool], Size] = {}
 
     def look(one: Any) -> None:
         if isinstance(one, Tensor) and not nn.parameter.is_lazy(one) and not one.is_meta:
-            found[(one.data_ptr(), one.nbytes)] = one.nbytes
+            here, spread = local_of(one), is_spread(one)
+            count = here.nbytes
+            size = Size(0 if spread else count, count if spread else 0, not here.is_cpu)
+            found[(here.data_ptr(), count, spread)] = size
         elif isinstance(one, dict):
             for inner in one.values():
                 look(inner)
@@ -88,5 +127,5 @@ def _bytes_in(value: Any) -> int:
     try:
         look(value)
     except RuntimeError:  # tensors without memory of their own: what cannot be saved is found when it is
-        return 0
-    return sum(found.values())
+        return Size()
+    return sum(found.values(), Size())

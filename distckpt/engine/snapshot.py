@@ -16,7 +16,7 @@ from distckpt.engine.arena import Arena
 from distckpt.engine.copying import BLOCK_BYTES, Copy
 from distckpt.engine.plan import Name, Plan, view
 from distckpt.engine.transfer import Transfer
-from distckpt.engine.writing import write_image
+from distckpt.engine.writing import beside, write_image
 from distckpt.errors import DistckptError
 from distckpt.formats import Image, Written
 from distckpt.stores import Store
@@ -114,14 +114,18 @@ class Staging:
             self._transfer_now.wait()
             self._transfer_late.wait()
             entries = [
-                write_image(image, self._pieces(image, start), store, place, self._spend)
+                entry
                 for image, start, place in zip(images, starts, places, strict=False)
+                for entry in write_image(image, self._pieces(image, start), store, place, self._spend)
             ]
             if self._is_whole(generation):
-                groups = tuple(group for image in images for group in image.groups)
+                told = [image.groups for image in images]
+                groups = None if None in told else tuple(group for of in told for group in of or ())
                 return Written(tuple(entries), groups, dict(self._measures))
-            for place in places:
+            for image, place in zip(images, places, strict=True):
                 store.delete(place)
+                if image.digests:
+                    store.delete(beside(place, image))
 
     def release(self) -> None:
         ended = DistckptError("this snapshot was given up")

@@ -8,10 +8,12 @@ from contextlib import nullcontext
 
 import xxhash
 
+from distckpt import strict_json
 from distckpt.engine.ahead import ahead
 from distckpt.engine.copying import BLOCK_BYTES
 from distckpt.formats import Image, Sum
-from distckpt.formats.hashing import Hash
+from distckpt.formats.hashing import BLOCK_BYTES as HASHED_BYTES
+from distckpt.formats.hashing import BlockDigests, Hash
 from distckpt.manifest import FileEntry
 from distckpt.stores import Store
 
@@ -25,8 +27,9 @@ _SUM_BYTES = 4
 
 def write_image(
     image: Image, pieces: Iterable[memoryview], store: Store, place: str, spend: Callable[[str, float], None]
-) -> FileEntry:
-    """A new file at ``place`` holds the bytes of ``image``, durable.
+) -> list[FileEntry]:
+    """A new file at ``place`` holds the bytes of ``image``, durable; and another one, beside it, the digests of its
+    blocks, where the image asks for that.
 
     One piece is hashed while the one before is being written.
 
@@ -37,7 +40,7 @@ def write_image(
     Raises:
         OSError: where it cannot be written; there is no file then.
     """
-    digest = xxhash.xxh3_128()
+    digest = BlockDigests() if image.digests else xxhash.xxh3_128()
     hashed = _hashed(pieces, _Sums(image.sums), digest, spend)
     with store.create(place) as sink:
         with ahead(hashed) if image.size_bytes > BLOCK_BYTES else nullcontext(hashed) as coming:
@@ -47,7 +50,18 @@ def write_image(
                 spend("write", time.monotonic() - began)
         began = time.monotonic()
     spend("fsync", time.monotonic() - began)
-    return FileEntry(image.path, image.size_bytes, digest.hexdigest())
+    entry = FileEntry(image.path, image.size_bytes, digest.hexdigest(), image.digests)
+    if not isinstance(digest, BlockDigests):
+        return [entry]
+    told = strict_json.dump({"block_bytes": HASHED_BYTES, "xxh3_128": digest.blocks()})
+    with store.create(beside(place, image)) as sink:
+        sink.write(told)
+    return [entry, FileEntry(image.digests, len(told), xxhash.xxh3_128_hexdigest(told))]
+
+
+def beside(place: str, image: Image) -> str:
+    """Where the digests of the blocks of ``image`` lie, which lies at ``place``."""
+    return place.removesuffix(image.path) + image.digests
 
 
 def _hashed(

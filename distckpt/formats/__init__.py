@@ -52,8 +52,9 @@ class Image:
         offsets: where each of them begins.
         keys: what each is called; there are none where nobody could tell them apart, which is how none of them is
             copied beside training.
-        groups: what the manifest says of them.
+        groups: what the manifest says of them; ``None`` where that is what the ranks agreed on, see `Planner`.
         sums: what is filled in as the bytes pass by on their way to the store.
+        digests: the file beside it that is to hold the digests of its blocks, so that parts of it can be checked.
     """
 
     path: str
@@ -62,8 +63,9 @@ class Image:
     tensors: Sequence[Tensor] = ()
     offsets: Sequence[int] = ()
     keys: Sequence[str] = ()
-    groups: tuple[TensorGroup, ...] = ()
+    groups: tuple[TensorGroup, ...] | None = ()
     sums: Sequence[Sum] = ()
+    digests: str = ""
 
 
 @dataclass(frozen=True)
@@ -71,14 +73,20 @@ class Written:
     """What one rank wrote: its files, and the tensors in them.
 
     Attributes:
+        tensors: ``None`` where they are those that the ranks agreed on, see `Planner`.
         measures: ``stage_seconds`` of the training thread, ``waited_seconds`` of optimizers; of the writer's threads
             ``fill_seconds``, in which one waited for the copy, ``hash_seconds``, and beside these ``write_seconds``,
             ``fsync_seconds``; ``arena_bytes``; ``retakes``, of what somebody changed too early.
     """
 
     files: tuple[FileEntry, ...] = ()
-    tensors: tuple[TensorGroup, ...] = ()
+    tensors: tuple[TensorGroup, ...] | None = ()
     measures: Mapping[str, float] = field(default_factory=dict)
+
+
+def joined(written: Sequence[Written]) -> tuple[TensorGroup, ...]:
+    """The tensors of all ranks."""
+    return tuple(group for one in written for group in one.tensors or ())
 
 
 class Staged(Protocol):
@@ -117,13 +125,49 @@ class Opened(Protocol):
 
     def fill(self, targets: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Each second tensor, of the same shape and dtype and on any device, holds what the first, of `snapshot`,
-        stands for. Every file that is needed for that was read once, whole, and checked against the manifest.
+        stands for; one that is spread over ranks, what this rank has of that. What was read for it was read once, and
+        checked against the manifest.
 
         Raises:
             DamagedCheckpoint: naming the file whose bytes are not those that were committed; some targets may hold
                 them.
             OSError: where it cannot be read; some targets may have changed.
         """
+        ...
+
+
+class Planner(Protocol):
+    """How ranks come to know who writes what, before they write alone. Of what each of these returns all is told that
+    `distckpt.planning` says; none of them waits for anybody.
+
+    Attributes:
+        is_due: whether they have to: nothing was agreed on yet, or it is not what some rank wrote by. The same on all.
+    """
+
+    is_due: bool
+
+    def look(self, snapshot: Snapshot) -> str:
+        """What this rank knows of the job's state, as a digest."""
+        ...
+
+    def tell(self, rank: int, digests: Sequence[str]) -> Any:
+        """What this rank holds of it, as JSON. Of those that know the same, one tells what that is.
+
+        Args:
+            digests: of all ranks.
+        """
+        ...
+
+    def plan(self, told: Sequence[Any]) -> Any:
+        """Who writes what, as JSON, from what all ranks told. On the leader.
+
+        Raises:
+            ValueError: naming a tensor that the ranks do not hold whole, or not alike.
+        """
+        ...
+
+    def take(self, rank: int, answer: Any) -> None:
+        """From now on this rank writes by that plan."""
         ...
 
 
@@ -140,12 +184,25 @@ class Format(Protocol):
     is_folder: bool
     read_with: str
 
+    @property
+    def planner(self) -> Planner | None:
+        """What the ranks agree through; ``None`` where they need not, as the leader writes all that is the job's."""
+        ...
+
     def lay_out(self, snapshot: Snapshot, rank: int) -> list[Image]:
         """This rank's files for that state. Costs no copy of a tensor; what is no tensor is copied.
 
         Raises:
             TypeError: naming the place of a value that cannot be stored: no plain value, or a tensor that is sharded,
                 sparse or without data.
+        """
+        ...
+
+    def tensors_of(self, written: Sequence[Written]) -> tuple[TensorGroup, ...]:
+        """What the manifest says of all tensors, from what each rank wrote. On the leader.
+
+        Raises:
+            ValueError: naming a tensor that was not written whole.
         """
         ...
 

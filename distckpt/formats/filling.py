@@ -5,11 +5,13 @@ from __future__ import annotations
 import ctypes
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from distckpt.formats.hashing import Behind, Hash, behind
+from distckpt.formats.shards import narrowed
 from distckpt.stores import Source
 
 # One call reads what is this small together with its neighbours; larger tensors are read into where they lie.
@@ -22,25 +24,50 @@ _move.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 _move.restype = ctypes.c_void_p
 
 
-def fill(source: Source, spans: Iterable[tuple[int, Sequence[Tensor]]], digest: Hash) -> None:
+class Cut(NamedTuple):
+    """A tensor that holds a box of what a span does, from ``begins`` on."""
+
+    begins: tuple[int, ...]
+    target: Tensor
+
+
+class Span(NamedTuple):
+    """So many bytes, one after another: the elements of a tensor, or of some slices of it.
+
+    Attributes:
+        targets: tensors, of one shape and dtype and so many bytes, that hold them afterwards.
+        cuts: tensors that hold a part of them.
+        dtype, shape: what they are, where there are cuts.
+        is_skipped: whether nobody wants them: they are neither read nor hashed.
+    """
+
+    size_bytes: int
+    targets: Sequence[Tensor] = ()
+    cuts: Sequence[Cut] = ()
+    dtype: torch.dtype = torch.uint8
+    shape: tuple[int, ...] = ()
+    is_skipped: bool = False
+
+
+def fill(source: Source, spans: Iterable[Span], digest: Hash) -> None:
     """The next bytes of ``source`` are in ``digest`` and, span after span, in the tensors that are given with each.
 
     Takes a few MiB of memory, and as much as the largest tensor whose elements do not lie in order. Bytes are hashed by
     a thread of their own, meanwhile: nobody else may change the tensors.
 
-    Args:
-        spans: how many bytes, and the tensors, of one shape and dtype and so many bytes, that hold them afterwards.
-
     Raises:
         EOFError, OSError: where the source does.
+        What the digest does.
     """
     with torch.no_grad(), behind(digest) as hashed:
         one_pass = _Pass(source, hashed)
-        for size_bytes, targets in spans:
-            if size_bytes <= SMALL_BYTES:
-                one_pass.take_small(size_bytes, targets)
+        for span in spans:
+            if span.is_skipped:
+                one_pass.skip(span.size_bytes)
+            elif span.size_bytes <= SMALL_BYTES:
+                one_pass.take_small(span)
             else:
-                one_pass.take_large(size_bytes, targets)
+                one_pass.take_large(span)
         one_pass.flush()
 
 
@@ -49,15 +76,20 @@ class _Pass:
         self._source = source
         self._digest = digest
         self._scratch = torch.empty(_SCRATCH_BYTES, dtype=torch.uint8)
-        self._small: list[tuple[int, int, Sequence[Tensor]]] = []
+        self._small: list[tuple[int, Span]] = []
         self._count = 0
 
-    def take_small(self, size_bytes: int, targets: Sequence[Tensor]) -> None:
-        if self._count + size_bytes > _SCRATCH_BYTES:
+    def skip(self, count: int) -> None:
+        self.flush()
+        self._digest.skip(count)
+        self._source.skip(count)
+
+    def take_small(self, span: Span) -> None:
+        if self._count + span.size_bytes > _SCRATCH_BYTES:
             self.flush()
-        if targets:
-            self._small.append((self._count, size_bytes, targets))
-        self._count += size_bytes
+        if span.targets or span.cuts:
+            self._small.append((self._count, span))
+        self._count += span.size_bytes
 
     def flush(self) -> None:
         """What is small was read and handed out."""
@@ -67,32 +99,37 @@ class _Pass:
         base = self._scratch.data_ptr()
         moved: list[Tensor] = []
         others: defaultdict[torch.device, list[tuple[int, Tensor]]] = defaultdict(list)
-        for begin, size_bytes, targets in small:
-            for target in targets:
+        for begin, span in small:
+            for target in span.targets:
                 if target.is_cpu and _is_flat(target):
-                    _move(target.data_ptr(), base + begin, size_bytes)
+                    _move(target.data_ptr(), base + begin, span.size_bytes)
                     moved.append(target)
                 else:
                     others[target.device].append((begin, target))
+            if span.cuts:
+                piece = self._scratch[begin : begin + span.size_bytes]
+                piece = piece.clone() if begin % span.dtype.itemsize else piece
+                _hand_out(piece.view(span.dtype).view(span.shape), span.cuts)
         torch.autograd.graph.increment_version(moved)
         for device, placed in others.items():
             _scatter(self._scratch[:count], device, placed)
 
-    def take_large(self, size_bytes: int, targets: Sequence[Tensor]) -> None:
+    def take_large(self, span: Span) -> None:
         self.flush()
-        if not targets:
-            for begin in range(0, size_bytes, _PIECE_BYTES):
-                self._read_scratch(min(_PIECE_BYTES, size_bytes - begin))
+        if not span.targets and not span.cuts:
+            for begin in range(0, span.size_bytes, _PIECE_BYTES):
+                self._read_scratch(min(_PIECE_BYTES, span.size_bytes - begin))
             return
-        fitting = [*filter(_is_plain, targets), *filter(_is_flat, targets)]
-        first = fitting[0] if fitting else torch.empty(targets[0].shape, dtype=targets[0].dtype)
+        fitting = [*filter(_is_plain, span.targets), *filter(_is_flat, span.targets)]
+        first = fitting[0] if fitting else _memory_for(span)
         if _is_plain(first):
             self._read(first)
         else:
             self._carry(first)
-        for target in targets:
+        for target in span.targets:
             if target is not first:
                 target.copy_(first)
+        _hand_out(first, span.cuts)
         if not fitting:
             self._digest.drain()  # before the memory is gone that none of them has
 
@@ -142,6 +179,17 @@ def _scatter(scratch: Tensor, device: torch.device, placed: Sequence[tuple[int, 
             pieces.append(piece)
     for targets, pieces in alike.values():
         torch._foreach_copy_(targets, pieces)
+
+
+def _hand_out(piece: Tensor, cuts: Sequence[Cut]) -> None:
+    for begins, target in cuts:
+        target.copy_(narrowed(piece, begins, tuple(target.shape)))
+
+
+def _memory_for(span: Span) -> Tensor:
+    if span.targets:
+        return torch.empty(span.targets[0].shape, dtype=span.targets[0].dtype)
+    return torch.empty(span.shape, dtype=span.dtype)
 
 
 def _is_flat(tensor: Tensor) -> bool:

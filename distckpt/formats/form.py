@@ -12,13 +12,15 @@ from itertools import chain, zip_longest
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from distckpt import strict_json
 from distckpt.formats import tree
 from distckpt.formats.safetensors_file import DTYPES
 from distckpt.formats.savable import identity
+from distckpt.formats.shards import local_of, spread_of
 
-_TENSORS = (Tensor, nn.Parameter)
+_TENSORS = (Tensor, nn.Parameter, DTensor)
 _MAPPINGS = (dict, OrderedDict, defaultdict, Counter)
 
 
@@ -33,7 +35,7 @@ class Form:
     keys: Mapping[str, int]  # where each tensor of the file stands among those that `match` finds
 
     @classmethod
-    def of(cls, state: Any, tensors: Mapping[str, Tensor], path: str) -> Form | None:
+    def of(cls, state: Any, tensors: Mapping[str, Tensor], path: str, *, may_be_spread: bool = False) -> Form | None:
         """The form of ``state``, whose ``tensors`` have these keys; ``None`` where it has values that are not
         remembered: arrays, tensors of rare kinds."""
         compare = _compiled(state)
@@ -47,7 +49,7 @@ class Form:
         if ties is None or not all(id(tensor) in places for tensor in tensors.values()):
             return None
         mark = f"mark {secrets.token_hex(8)}"
-        value, _, _ = tree.encode(state, path, told=lambda _: mark)
+        value, _, _ = tree.encode(state, path, told=lambda _: mark, may_be_spread=may_be_spread)
         texts = tuple(re.split(json.dumps(mark), strict_json.dump(value).decode()))
         return cls(compare, ties, texts, {key: places[id(tensor)] for key, tensor in tensors.items()})
 
@@ -88,8 +90,10 @@ def _tensor(value: Tensor) -> _Compare | None:
     if kind not in _TENSORS or dtype not in DTYPES:
         return None
 
+    spread = spread_of(value)
+
     def compare(other: Any, found: _Found) -> bool:
-        if type(other) is not kind or other.dtype is not dtype or other.shape != shape:
+        if type(other) is not kind or other.dtype is not dtype or other.shape != shape or spread_of(other) != spread:
             return False
         found.tensors.append(other)
         return True
@@ -125,12 +129,14 @@ def _tensors(values: list[Any]) -> _Compare | None:
     if not all(isinstance(one, Tensor) for one in values):
         return None
     kinds, dtypes, shapes = [*map(type, values)], [one.dtype for one in values], [one.shape for one in values]
+    spreads = [*map(spread_of, values)]
+    are_whole = not any(spreads)
 
     def compare(others: Any, found: _Found) -> bool:
         if [*map(type, others)] != kinds or [one.dtype for one in others] != dtypes:
             return False
         found.tensors += others
-        return [one.shape for one in others] == shapes
+        return [one.shape for one in others] == shapes and (are_whole or [*map(spread_of, others)] == spreads)
 
     return compare
 
@@ -172,15 +178,15 @@ def _ties_in(tensors: list[Tensor]) -> dict[int, int] | None:
     ties: dict[int, int] = {}
     known: dict[int, int] = {}
     try:
-        addresses = [tensor.data_ptr() for tensor in tensors]
+        addresses = [local_of(tensor).data_ptr() for tensor in tensors]
     except RuntimeError:  # one has no memory of its own
         return None
     if 0 not in addresses and len(set(addresses)) == len(addresses):
         return ties
-    for nth, (tensor, address) in enumerate(zip(tensors, addresses, strict=True)):
+    for nth, (tensor, address) in enumerate(zip(map(local_of, tensors), addresses, strict=True)):
         first = known.setdefault(address, nth)
         if first != nth and tensor.numel():
-            if identity(tensors[first]) != identity(tensor):
+            if identity(local_of(tensors[first])) != identity(tensor):
                 return None
             ties[nth] = first
         elif not address and tensor.numel():

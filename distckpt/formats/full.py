@@ -6,12 +6,12 @@ inference needs. What is no tensor lies in ``state.json`` and ``rank-00000.json`
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
-from distckpt.formats import Image, Opened, Snapshot
+from distckpt.formats import Image, Opened, Snapshot, Written, joined
 from distckpt.formats.full_layout import FullLayouts
 from distckpt.formats.full_reading import OpenedFull
-from distckpt.manifest import Manifest
+from distckpt.manifest import Manifest, TensorGroup
 from distckpt.stores import Store
 
 
@@ -19,6 +19,7 @@ class Full:
     """See the module, and `distckpt.formats.Format` for what each method promises."""
 
     name = "full"
+    planner = None
     is_folder = True
     read_with = "safetensors.torch.load_file('model.safetensors')"
 
@@ -27,6 +28,9 @@ class Full:
 
     def lay_out(self, snapshot: Snapshot, rank: int) -> list[Image]:
         return self._layouts.lay_out(snapshot, rank)
+
+    def tensors_of(self, written: Sequence[Written]) -> tuple[TensorGroup, ...]:
+        return joined(written)
 
     def open(self, store: Store, path: str, manifest: Manifest, rank: int, parts: Collection[str] | None) -> Opened:
         return OpenedFull(store, path, manifest, rank, parts)

@@ -1,21 +1,100 @@
-"""A digest that a thread of its own works out, behind whoever reads the bytes."""
+"""Digests: of the blocks of a file, and one that a thread of its own works out, behind whoever reads the bytes."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Protocol
 
+import xxhash
+
 if TYPE_CHECKING:
     from typing_extensions import Buffer
+
+# Of a file that is read in parts each block has a digest: whoever wants a part reads the blocks that it lies in.
+BLOCK_BYTES = 4 * 1024 * 1024
 
 
 class Hash(Protocol):
     """What is told all bytes of a file, such as ``xxhash.xxh3_128()``."""
 
     def update(self, data: Buffer) -> object: ...
+
+
+class BlockDigests:
+    """The xxh3-128 of each block of what it is told, from the start of a file; as a digest, that of these."""
+
+    def __init__(self) -> None:
+        self._done: list[bytes] = []
+        self._block = xxhash.xxh3_128()
+        self._left = BLOCK_BYTES
+
+    def update(self, data: Buffer) -> None:
+        """``data`` comes next."""
+        rest = memoryview(data).cast("B")
+        while rest:
+            piece, rest = rest[: self._left], rest[self._left :]
+            self._block.update(piece)
+            self._left -= len(piece)
+            if not self._left:
+                self._end_block()
+
+    def blocks(self) -> list[str]:
+        """All of them, once everything was told."""
+        if self._left < BLOCK_BYTES:
+            self._end_block()
+        return [one.hex() for one in self._done]
+
+    def hexdigest(self) -> str:
+        """The xxh3-128 of theirs."""
+        return digest_of_blocks(self.blocks())
+
+    def _end_block(self) -> None:
+        self._done.append(self._block.digest())
+        self._block = xxhash.xxh3_128()
+        self._left = BLOCK_BYTES
+
+
+def digest_of_blocks(blocks: Sequence[str]) -> str:
+    """The digest of a file of which the digests of all blocks are known."""
+    return xxhash.xxh3_128_hexdigest(b"".join(map(bytes.fromhex, blocks)))
+
+
+class CheckedBlocks:
+    """A digest that is told whole blocks, and raises where one is not what it was.
+
+    Args:
+        size_bytes: of the file.
+        blocks: their digests.
+        error: what is raised.
+    """
+
+    def __init__(self, size_bytes: int, blocks: Sequence[str], error: Exception) -> None:
+        self._size_bytes = size_bytes
+        self._blocks = blocks
+        self._error = error
+        self._at = 0
+        self._block = xxhash.xxh3_128()
+
+    def update(self, data: Buffer) -> None:
+        """``data`` comes next."""
+        rest = memoryview(data).cast("B")
+        while rest:
+            number = self._at // BLOCK_BYTES
+            end = min((number + 1) * BLOCK_BYTES, self._size_bytes)
+            piece, rest = rest[: end - self._at], rest[end - self._at :]
+            self._block.update(piece)
+            self._at += len(piece)
+            if self._at == end:
+                if self._block.hexdigest() != self._blocks[number]:
+                    raise self._error
+                self._block = xxhash.xxh3_128()
+
+    def skip(self, count: int) -> None:
+        """Blocks that nobody reads come next."""
+        self._at += count
 
 
 class Behind:
@@ -29,6 +108,11 @@ class Behind:
     def update(self, data: Buffer) -> None:
         """``data`` comes next."""
         self._told.put(data)
+
+    def skip(self, count: int) -> None:
+        """So many bytes are not for the digest, which knows how to pass over them."""
+        self.drain()
+        self._digest.skip(count)  # type: ignore[attr-defined]  # none but such are told to
 
     def drain(self) -> None:
         """All that it was told is in the digest.

@@ -6,8 +6,9 @@ from distckpt.errors import NewerVersion
 from distckpt.formats import Format
 from distckpt.formats.full import FORMAT as FULL
 from distckpt.formats.pth import FORMAT as PTH
+from distckpt.formats.sharded import FORMAT as SHARDED
 
-_FORMATS: dict[str, Format] = {format.name: format for format in (FULL, PTH)}
+_FORMATS: dict[str, Format] = {format.name: format for format in (FULL, SHARDED, PTH)}
 
 
 def get_format(name: str) -> Format:

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from distckpt import layout
 from distckpt.errors import DamagedCheckpoint, NoCheckpoint
-from distckpt.formats import Image, Opened, Snapshot
+from distckpt.formats import Image, Opened, Snapshot, Written, joined
 from distckpt.formats.hashing import Hash
 from distckpt.formats.zip_image import ZipLayout
-from distckpt.manifest import FileEntry, Manifest, Record
+from distckpt.manifest import FileEntry, Manifest, Record, TensorGroup
 from distckpt.ranks import LEADER
 from distckpt.stores import Sink, Source, Store
 from distckpt.stores.local import LocalStore
@@ -45,6 +45,7 @@ class Pth:
     """
 
     name = "pth"
+    planner = None
     is_folder = False
     read_with = "torch.load(path, weights_only=True)"
 
@@ -53,6 +54,9 @@ class Pth:
 
     def lay_out(self, snapshot: Snapshot, rank: int) -> list[Image]:
         return [self._layout.lay_out(dict(snapshot.shared))] if rank == LEADER else []
+
+    def tensors_of(self, written: Sequence[Written]) -> tuple[TensorGroup, ...]:
+        return joined(written)
 
     def open(self, store: Store, path: str, manifest: Manifest, rank: int, parts: Collection[str] | None) -> Opened:
         (entry,) = manifest.files

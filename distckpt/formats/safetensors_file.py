@@ -27,3 +27,7 @@ DTYPES: Mapping[torch.dtype, str] = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+
+DTYPES_BY_NAME: Mapping[str, torch.dtype] = {name: dtype for dtype, name in DTYPES.items()}
+
+ITEM_BYTES: Mapping[str, int] = {name: dtype.itemsize for dtype, name in DTYPES.items()}

@@ -22,14 +22,14 @@ from distckpt.manifest import TensorGroup
 _ALIGNMENT = 4096
 
 
-def lay_out(path: str, tensors: Mapping[str, Tensor], aliases: Mapping[str, str]) -> Image:
+def lay_out(path: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Image:
     """The file ``path`` of these ``tensors``, of dtypes in `DTYPES`, in the order in which they lie there.
 
     Args:
-        aliases: other keys by which a tensor is known, and its key; they go to the metadata of the file, as
-            ``safetensors.torch.save_model`` has it and ``load_model`` reads it.
+        metadata: of the file. For ``safetensors.torch.load_model``, as ``save_model`` has it: other keys by which a
+            tensor is known, and its key.
     """
-    fields: dict[str, Any] = {"__metadata__": {"format": "pt", **aliases}}
+    fields: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())
     begins: list[int] = []
     alike: defaultdict[tuple[str, tuple[int, ...]], list[str]] = defaultdict(list)

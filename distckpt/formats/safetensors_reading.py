@@ -18,14 +18,14 @@ from torch import Tensor
 
 from distckpt import strict_json
 from distckpt.errors import DamagedCheckpoint
-from distckpt.formats.filling import fill
-from distckpt.formats.safetensors_file import DTYPES
+from distckpt.formats.filling import Cut, Span, fill
+from distckpt.formats.safetensors_file import DTYPES_BY_NAME
+from distckpt.formats.shards import boxes_of, is_spread, view_of
 from distckpt.manifest import FileEntry
 from distckpt.stores import Source, Store
 
 _LONGEST_HEADER_BYTES = 100_000_000  # the limit of safetensors' own readers
 _MOST_DIMENSIONS = 64  # the limit of torch's own operators
-_DTYPES_BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
 
 
 class Held(NamedTuple):
@@ -42,6 +42,7 @@ class SafetensorsFile:
     Attributes:
         held: its tensors, by key, in the order of the file, which they fill without holes and overlaps. Where there is
             an ``entry``, what the header says of them is proven by `fill`, not yet.
+        header_bytes, header_digest: how long the header is, with its length; and the xxh3-128 of it, as it was read.
 
     Args:
         entry: the size and digest of the file that is meant, if there are any.
@@ -55,31 +56,32 @@ class SafetensorsFile:
         self._store = store
         self._path = path
         self._entry = entry
-        with self._open() as source:
+        with self.opened() as source:
             self._size_bytes = source.size_bytes
             try:
                 header = _header_of(source)
                 self.held = _held(header[8:], source.size_bytes - len(header), path)
             except ValueError as error:
                 raise DamagedCheckpoint(f"{path} is no whole safetensors file: {error}") from error
-        self._header_bytes = len(header)
-        self._header_digest = xxhash.xxh3_128_digest(header)
+        self.header_bytes = len(header)
+        self.header_digest = xxhash.xxh3_128_digest(header)
 
     def fill(self, targets: Mapping[str, Sequence[Tensor]]) -> None:
         """The tensors that are given for a key, of its dtype and shape, hold what the file does; all of it was read.
+        Of one that is spread over ranks, what this rank has of it does.
 
         Raises:
             DamagedCheckpoint: naming the file, where it is not what was meant, or not what it was.
             OSError: where it cannot be read.
         """
         digest = xxhash.xxh3_128()
-        header = bytearray(self._header_bytes)
-        with self._open() as source:
+        header = bytearray(self.header_bytes)
+        with self.opened() as source:
             source.read_into(header)
             digest.update(header)
-            is_same = source.size_bytes == self._size_bytes and digest.digest() == self._header_digest
+            is_same = source.size_bytes == self._size_bytes and digest.digest() == self.header_digest
             if is_same:
-                fill(source, [(held.size_bytes, targets.get(key, ())) for key, held in self.held.items()], digest)
+                fill(source, [_span(held, targets.get(key, ())) for key, held in self.held.items()], digest)
         if self._entry is not None and digest.hexdigest() != self._entry.xxh3_128:
             raise DamagedCheckpoint(
                 f"{self._path}: its bytes changed after the commit (the size is right, the xxh3-128 is not)"
@@ -88,7 +90,8 @@ class SafetensorsFile:
             raise DamagedCheckpoint(f"{self._path} changed while it was read")
 
     @contextmanager
-    def _open(self) -> Iterator[Source]:
+    def opened(self) -> Iterator[Source]:
+        """The bytes of the file, which has the size that it should have."""
         with self._store.open(self._path) as source:
             if self._entry is not None and source.size_bytes != self._entry.size_bytes:
                 raise DamagedCheckpoint(
@@ -110,6 +113,15 @@ def read_tensors(store: Store, path: str, entry: FileEntry | None = None) -> dic
     tensors = {key: torch.empty(held.shape, dtype=held.dtype) for key, held in file.held.items()}
     file.fill({key: [tensor] for key, tensor in tensors.items()})
     return tensors
+
+
+def _span(held: Held, targets: Sequence[Tensor]) -> Span:
+    spread = [one for one in targets if is_spread(one)]
+    if not spread:
+        return Span(held.size_bytes, targets)
+    cuts = [Cut(box.offsets, view_of(one, box)) for one in spread for box in boxes_of(one)]
+    whole = [one for one in targets if not is_spread(one)]
+    return Span(held.size_bytes, whole, cuts, held.dtype, held.shape)
 
 
 def _header_of(source: Source) -> bytes:
@@ -144,7 +156,7 @@ def _held(text: bytes, rest: int, what: str) -> dict[str, Held]:
 
 
 def _one(name: str, field: dict[str, Any]) -> Held:
-    dtype = _DTYPES_BY_NAME.get(str(field.get("dtype")))
+    dtype = DTYPES_BY_NAME.get(str(field.get("dtype")))
     shape = field.get("shape")
     # torch multiplies all extents but those that are zero.
     if dtype is None or not _is_shape(shape) or (span := dtype.itemsize * math.prod(filter(None, shape))) >= 1 << 63:

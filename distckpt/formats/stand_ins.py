@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from distckpt.formats import Opened, Snapshot
+from distckpt.formats.shards import is_spread, new_like
 
 _LEAVES = frozenset({bool, int, float, str, type(None)})
 
@@ -43,11 +44,19 @@ class NewMemory:
         self.targets: list[tuple[Tensor, Tensor]] = []
         self._made: dict[int, Tensor] = {}
 
-    def take(self, stand_in: Tensor, *, device: torch.device | str = "cpu") -> Tensor:
-        """The tensor that takes the place of ``stand_in``: the same in each call."""
+    def take(self, stand_in: Tensor, *, device: torch.device | str = "cpu", like: Tensor | None = None) -> Tensor:
+        """The tensor that takes the place of ``stand_in``: the same in each call.
+
+        Args:
+            like: spread over ranks as it is to be, if it is of the same shape.
+        """
         made = self._made.get(id(stand_in))
         if made is None:
-            made = self._made[id(stand_in)] = torch.empty(stand_in.shape, dtype=stand_in.dtype, device=device)
+            if like is not None and is_spread(like) and like.shape == stand_in.shape:
+                made = new_like(like, stand_in.dtype)
+            else:
+                made = torch.empty(stand_in.shape, dtype=stand_in.dtype, device=device)
+            self._made[id(stand_in)] = made
             self.targets.append((stand_in, made))
         return made
 

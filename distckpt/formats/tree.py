@@ -18,6 +18,7 @@ from torch import Tensor
 
 from distckpt.formats.safetensors_file import DTYPES
 from distckpt.formats.savable import check_savable, identity, is_savable
+from distckpt.formats.shards import local_of
 
 _TENSOR = "$tensor"
 _DTYPES = {str(dtype): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
@@ -25,7 +26,7 @@ _ARRAYS = frozenset(map(np.dtype, "?bBhHiIlLefdFD"))  # the numbers that torch h
 
 
 def encode(
-    value: Any, path: str, *, told: Callable[[Any], Any] | None = None
+    value: Any, path: str, *, told: Callable[[Any], Any] | None = None, may_be_spread: bool = False
 ) -> tuple[Any, dict[str, Tensor], dict[str, str]]:
     """``value`` as JSON; the tensors that it refers to, by key; and for keys that are no tensor's because another
     tensor has the same memory, that one's key. No tensor is copied, and nothing else refers to ``value``.
@@ -34,12 +35,13 @@ def encode(
 
     Args:
         told: what stands there for the JSON of each value that is no tensor, container, or key.
+        may_be_spread: whether tensors may lie on several ranks.
 
     Raises:
         TypeError: naming the place, below ``path``, of a value that cannot be stored without a pickle, or of a tensor
             that cannot be stored whole.
     """
-    found = _Found(path, told or _as_it_is)
+    found = _Found(path, told or _as_it_is, may_be_spread=may_be_spread)
     return _encode(value, "", found), found.tensors, found.aliases
 
 
@@ -74,9 +76,10 @@ def decode(value: Any, find: Callable[[Reference], Any]) -> Any:
 class _Found:
     """The tensors that were met so far."""
 
-    def __init__(self, path: str, told: Callable[[Any], Any]) -> None:
+    def __init__(self, path: str, told: Callable[[Any], Any], *, may_be_spread: bool) -> None:
         self.path = path
         self.told = told
+        self._may_be_spread = may_be_spread
         self.tensors: dict[str, Tensor] = {}
         self.aliases: dict[str, str] = {}
         self._known: dict[int, dict[str, Tensor]] = {}  # by their address
@@ -84,16 +87,19 @@ class _Found:
     def refer(self, tensor: Tensor, place: str) -> Any:
         """What stands for ``tensor`` at ``place``."""
         key = place or "value"
-        if not is_savable(tensor):
-            check_savable(tensor, self.where(place))
+        mine = local_of(tensor) if self._may_be_spread else tensor
+        if not is_savable(mine):
+            check_savable(mine, self.where(place))
         while key in self.tensors or key in self.aliases or key == "__metadata__":  # {"a": {"b": t}, "a.b": t}
             key += "'"
-        known = self._tied(tensor, key)
+        known = self._tied(mine, key)
         dtype = tensor.dtype
         if known is not key:
             self.aliases[key] = known
         elif dtype in DTYPES:
             self.tensors[key] = tensor
+        elif mine is not tensor:
+            raise TypeError(f"{self.where(place)} is spread over ranks and of {dtype}, which cannot be stored so")
         else:  # what safetensors has no word for lies there as plain bytes, and its type here
             self.tensors[key] = _bytes_of(tensor)
         return known if dtype in DTYPES else [known, str(dtype), list(tensor.shape)]

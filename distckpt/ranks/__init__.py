@@ -46,6 +46,11 @@ class Ranks(Protocol):
         """Everybody's ``value``, in the order of ranks. Collective."""
         ...
 
+    def gather(self, during: str, value: Json) -> list[Json] | None:
+        """Everybody's ``value``, in the order of ranks, on the leader; ``None`` on the others, once it has them.
+        Collective."""
+        ...
+
     def broadcast(self, during: str, value: Json) -> Json:
         """The leader's ``value``. Collective; the leader does not wait for the others."""
         ...
@@ -80,6 +85,9 @@ class Solo:
     world_size = 1
 
     def exchange(self, during: str, value: Json) -> list[Json]:
+        return [value]
+
+    def gather(self, during: str, value: Json) -> list[Json] | None:
         return [value]
 
     def broadcast(self, during: str, value: Json) -> Json:
@@ -125,11 +133,22 @@ def together(ranks: Ranks, during: str, work: Callable[[], Json]) -> list[Json]:
     """
     result, error = _attempt(work)
     told = ranks.exchange(during, _failed(error) if error else {"result": result})
-    failures = {rank: one for rank, one in enumerate(told) if "failed" in one}
-    if failures:
-        ranks.part(during)
-        raise _failure(ranks, during, failures) from error
+    _raise_failures(ranks, during, told, error)
     return [one["result"] for one in told]
+
+
+def to_leader(ranks: Ranks, during: str, work: Callable[[], Json]) -> list[Json]:
+    """As `together`, but the results are told to the leader alone, and on other ranks there are none. Collective.
+
+    Raises:
+        RankFailure: as in `together`.
+    """
+    result, error = _attempt(work)
+    told = ranks.gather(during, _failed(error) if error else {"result": result})
+    failed = {} if told is None else {str(rank): one for rank, one in enumerate(told) if "failed" in one}
+    failures = ranks.broadcast(during, failed)
+    _raise_failures(ranks, during, [failures.get(str(rank), {}) for rank in range(ranks.world_size)], error)
+    return [] if told is None else [one["result"] for one in told]
 
 
 def from_leader(ranks: Ranks, during: str, work: Callable[[], Json]) -> Json:
@@ -148,6 +167,13 @@ def from_leader(ranks: Ranks, during: str, work: Callable[[], Json]) -> Json:
         ranks.part(during)
         raise _failure(ranks, during, {LEADER: told}) from error
     return told["result"]
+
+
+def _raise_failures(ranks: Ranks, during: str, told: list[Json], error: BaseException | None) -> None:
+    failures = {rank: one for rank, one in enumerate(told) if "failed" in one}
+    if failures:
+        ranks.part(during)
+        raise _failure(ranks, during, failures) from error
 
 
 def _attempt(work: Callable[[], Json]) -> tuple[Json, BaseException | None]:

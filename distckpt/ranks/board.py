@@ -72,14 +72,23 @@ class BoardRanks:
         self._others = list(range(1, world_size))  # those who came to the last round, as far as the leader knows
 
     def exchange(self, during: str, value: Json) -> list[Json]:
+        values: list[Json] = self._collect(during, value, is_for_all=True)
+        return values
+
+    def gather(self, during: str, value: Json) -> list[Json] | None:
+        values: list[Json] | None = self._collect(during, value, is_for_all=False)
+        return values
+
+    def _collect(self, during: str, value: Json, *, is_for_all: bool) -> Json:
         self._round += 1
         post = json.dumps({"during": during, "value": value, "heard": self._told}, allow_nan=False)
-        self._post(self._key(self.rank), post, during)
+        self._post(self._key(self.rank), post if self.rank != LEADER else "", during)
         if self.rank == LEADER:
             answer = self._gather(during, post)
             if "failures" not in answer:
                 self._tidy(self._round - 1)
-            self._post(self._key("all"), json.dumps(answer), during)
+            told = answer if is_for_all or "failures" in answer else {**answer, "values": None}
+            self._post(self._key("all"), json.dumps(told), during)
         else:
             answer = json.loads(self._await_leader(during))
             self._tidy(self._round - 1)
@@ -88,8 +97,7 @@ class BoardRanks:
             self._mine.append((self._round, self._key("all")))
         if "failures" in answer:
             self.part(during)
-        values: list[Json] = self._read(answer, during, "values")
-        return values
+        return self._read(answer, during, "values")
 
     def broadcast(self, during: str, value: Json) -> Json:
         self._round += 1

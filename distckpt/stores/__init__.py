@@ -28,6 +28,10 @@ class Source(Protocol):
         ahead, in the background, until the context is left."""
         ...
 
+    def skip(self, count: int) -> None:
+        """Go on with what comes so many bytes later."""
+        ...
+
 
 class Store(Protocol):
     """A directory, wherever it lies. Paths are relative to it, with ``/``, and never leave it.

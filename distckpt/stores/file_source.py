@@ -54,6 +54,12 @@ class FileSource:
             self._position += count
             rest = rest[count:]
 
+    def skip(self, count: int) -> None:
+        if count:
+            self.close()
+            self._position += count
+            self._is_undecided = self.size_bytes - self._position >= _LEAST_AHEAD_BYTES
+
     def close(self) -> None:
         """Nothing is read ahead any more. Safe to call twice."""
         if self._ahead is not None:

@@ -36,13 +36,13 @@ def image_of(data: memoryview, *sums: Sum) -> Image:
 
 def test_the_file_holds_the_bytes_and_the_entry_says_so(tmp_path):
     data = memory(300_000)
-    entry = write_image(image_of(data), cut(data, [100_000, 7]), LocalStore(tmp_path), "file", lambda *_: None)
+    (entry,) = write_image(image_of(data), cut(data, [100_000, 7]), LocalStore(tmp_path), "file", lambda *_: None)
     assert (tmp_path / "file").read_bytes() == bytes(data)
     assert entry == FileEntry("part.safetensors", 300_000, xxhash.xxh3_128(data).hexdigest())
 
 
 def test_an_image_of_no_bytes_is_an_empty_file(tmp_path):
-    entry = write_image(image_of(memory(0)), [], LocalStore(tmp_path), "file", lambda *_: None)
+    (entry,) = write_image(image_of(memory(0)), [], LocalStore(tmp_path), "file", lambda *_: None)
     assert (tmp_path / "file").read_bytes() == b"" and entry.size_bytes == 0
 
 
@@ -90,7 +90,7 @@ def test_sums_are_of_the_bytes_that_passed_by_and_stand_where_they_belong(asked,
             expected[place : place + 4] = zlib.crc32(content[one.begin : one.end]).to_bytes(4, "little")
     (tmp_path / "file").unlink(missing_ok=True)
     image = image_of(content, *data.draw(st.permutations(sums)))
-    entry = write_image(image, cut(content, sizes), LocalStore(tmp_path), "file", lambda *_: None)
+    (entry,) = write_image(image, cut(content, sizes), LocalStore(tmp_path), "file", lambda *_: None)
     assert (tmp_path / "file").read_bytes() == bytes(expected)
     assert entry.xxh3_128 == xxhash.xxh3_128(bytes(expected)).hexdigest()
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from distckpt.formats import filling
-from distckpt.formats.filling import SMALL_BYTES, fill
+from distckpt.formats.filling import SMALL_BYTES, Span, fill
 
 LARGE = SMALL_BYTES + 8
 
@@ -41,7 +41,7 @@ def bits(tensor: Tensor) -> bytes:
 
 def filled(data: bytes, *spans: tuple[int, list[Tensor]]) -> Memory:
     source, digest = Memory(data), xxhash.xxh3_128()
-    fill(source, spans, digest)
+    fill(source, [Span(*one) for one in spans], digest)
     assert digest.hexdigest() == xxhash.xxh3_128_hexdigest(data), "each byte is hashed, in its order"
     return source
 

@@ -1,0 +1,142 @@
+"""One file of a sharded checkpoint, of which a part is read: only the blocks that it lies in, each checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import xxhash
+from torch import Tensor
+
+from distckpt import strict_json
+from distckpt.errors import DamagedCheckpoint
+from distckpt.formats.filling import Cut, Span, fill
+from distckpt.formats.hashing import BLOCK_BYTES, CheckedBlocks, digest_of_blocks
+from distckpt.formats.safetensors_reading import Held, SafetensorsFile
+from distckpt.manifest import FileEntry
+from distckpt.stores import Store
+
+
+class Wanted(NamedTuple):
+    """A tensor that is to hold a box of what lies under a key.
+
+    Attributes:
+        sizes: of what lies there; ``None``: the target is all of it, byte for byte.
+        low: where in it the box begins.
+    """
+
+    sizes: tuple[int, ...] | None
+    low: tuple[int, ...]
+    target: Tensor
+
+
+class ShardFile:
+    """A file of which the header was read, which `fill` proves.
+
+    Attributes:
+        held: its tensors, by key, in the order of the file.
+
+    Args:
+        told: what lies in its file of digests.
+
+    Raises:
+        DamagedCheckpoint: naming the file, where it is not what was committed.
+        OSError: where it cannot be read.
+    """
+
+    def __init__(self, store: Store, path: str, entry: FileEntry, told: Mapping[str, Any]) -> None:
+        self._path = path
+        self._entry = entry
+        self._blocks = _blocks(told, entry)
+        self._file = SafetensorsFile(store, path, entry)
+        self.held: Mapping[str, Held] = self._file.held
+
+    def fill(self, wanted: Mapping[str, Sequence[Wanted]]) -> None:
+        """The targets hold what lies under their keys. All blocks that were read for that, the header's among them,
+        are those that were committed.
+
+        Raises:
+            DamagedCheckpoint: naming the file; some targets may have changed.
+            OSError: where it cannot be read.
+        """
+        header = torch.empty(self._file.header_bytes, dtype=torch.uint8)
+        ranges = [(0, Span(len(header), [header])), *self._ranges(wanted)]
+        error = DamagedCheckpoint(f"{self._path}: its bytes changed after the commit (a block has another xxh3-128)")
+        checked = CheckedBlocks(self._entry.size_bytes, self._blocks, error)
+        with self._file.opened() as source:
+            try:
+                fill(source, self._spans(ranges), checked)
+            except EOFError as ended:
+                raise DamagedCheckpoint(f"{self._path} is shorter than what was committed: {ended}") from ended
+        if xxhash.xxh3_128_digest(header.numpy().tobytes()) != self._file.header_digest:
+            raise DamagedCheckpoint(f"{self._path} changed while it was read")
+
+    def _ranges(self, wanted: Mapping[str, Sequence[Wanted]]) -> Iterator[tuple[int, Span]]:
+        """What is to be read behind the header, in the order of the file, and where it begins."""
+        end = self._file.header_bytes
+        left = set(wanted)
+        for key, held in self.held.items():
+            begin, end = end, end + held.size_bytes
+            if key in wanted and held.size_bytes:
+                left.discard(key)
+                yield self._range(key, begin, held, wanted[key])
+            elif key in wanted:
+                left.discard(key)
+        if left:
+            raise DamagedCheckpoint(f"{self._path} does not hold {ascii(min(left))[:80]}, as the manifest says it does")
+
+    def _range(self, key: str, begin: int, held: Held, wanted: Sequence[Wanted]) -> tuple[int, Span]:
+        shape = held.shape
+        if all(one.sizes is None for one in wanted):
+            if any(one.target.nbytes != held.size_bytes for one in wanted):
+                raise DamagedCheckpoint(f"{self._path}: {ascii(key)[:80]} is not what the manifest says it is")
+            return begin, Span(held.size_bytes, [one.target for one in wanted])
+        if any(one.sizes != shape or one.target.dtype is not held.dtype for one in wanted):
+            raise DamagedCheckpoint(f"{self._path}: {ascii(key)[:80]} is not what the manifest says it is")
+        if not shape:
+            return begin, Span(held.size_bytes, [one.target for one in wanted])
+        first = min(one.low[0] for one in wanted)
+        last = max(one.low[0] + one.target.shape[0] for one in wanted)
+        read = (last - first, *shape[1:])
+        row_bytes = held.size_bytes // shape[0]
+        begin += first * row_bytes
+        targets, cuts = [], []
+        for one in wanted:
+            if one.target.shape == read:
+                targets.append(one.target)
+            else:
+                cuts.append(Cut((one.low[0] - first, *one.low[1:]), one.target))
+        return begin, Span((last - first) * row_bytes, targets, cuts, held.dtype, read)
+
+    def _spans(self, ranges: Sequence[tuple[int, Span]]) -> Iterator[Span]:
+        """The ranges, and what lies around them in the same blocks; other blocks are skipped."""
+        at = 0
+        for begin, span in ranges:
+            yield from self._gap(at, begin)
+            yield span
+            at = begin + span.size_bytes
+        end = min(-(-at // BLOCK_BYTES) * BLOCK_BYTES, self._entry.size_bytes)
+        if end > at:
+            yield Span(end - at)
+
+    def _gap(self, begin: int, end: int) -> Iterator[Span]:
+        skipped = -(-begin // BLOCK_BYTES) * BLOCK_BYTES, end // BLOCK_BYTES * BLOCK_BYTES
+        if skipped[0] >= skipped[1]:
+            skipped = (end, end)
+        for low, high, is_skipped in ((begin, skipped[0], False), (*skipped, True), (skipped[1], end, False)):
+            if high > low:
+                yield Span(high - low, is_skipped=is_skipped)
+
+
+def _blocks(told: Mapping[str, Any], entry: FileEntry) -> Sequence[str]:
+    """The digests of the blocks of a file, which are those that were committed."""
+    count = -(-entry.size_bytes // BLOCK_BYTES)
+    try:
+        blocks = strict_json.take(told, "xxh3_128", list, entry.digests)
+        size = strict_json.take(told, "block_bytes", int, entry.digests)
+        if size == BLOCK_BYTES and len(blocks) == count and digest_of_blocks(blocks) == entry.xxh3_128:
+            return blocks
+    except (ValueError, TypeError) as error:
+        raise DamagedCheckpoint(f"{entry.digests} holds no digests: {error}") from error
+    raise DamagedCheckpoint(f"{entry.digests} does not hold the digests of {count} blocks that were committed")

@@ -1,0 +1,235 @@
+"""The files of one rank's part of a sharded checkpoint, before they are written."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from distckpt import layout, strict_json
+from distckpt.formats import Image, Snapshot
+from distckpt.formats import tree as trees
+from distckpt.formats.form import Form
+from distckpt.formats.held import Holding
+from distckpt.formats.safetensors_file import DTYPES
+from distckpt.formats.safetensors_layout import lay_out
+from distckpt.formats.sharded_plan import Part, parts_of
+from distckpt.formats.shards import boxes_of, narrowed, spread_of, view_of
+from distckpt.manifest import Chunks, TensorGroup, digest
+from distckpt.ranks import LEADER
+
+_Likeness = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a rank has of the state that is the job's.
+
+    Attributes:
+        tensors: by key; by each of its keys where it has several, so that any reader finds it.
+        texts: of each part, the JSON of the rest.
+        is_as_before: whether tensors are of the same kinds, and spread over ranks in the same way, as the last time.
+    """
+
+    tensors: Mapping[str, Tensor]
+    texts: Mapping[str, str]
+    is_as_before: bool
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """What is written of a tensor: a part of the how-manieth of its boxes here, and where that lies in the whole."""
+
+    key: str
+    nth: int
+    begins: tuple[int, ...]
+    sizes: tuple[int, ...]
+    offsets: tuple[int, ...]
+
+    def view(self, tensor: Tensor) -> Tensor:
+        """Its elements, in the memory of ``tensor``."""
+        return narrowed(view_of(tensor, boxes_of(tensor)[self.nth]), self.begins, self.sizes)
+
+
+@dataclass(frozen=True)
+class _File:
+    """A file of tensors as it was in the save before: the image without them, and what they are."""
+
+    image: Image
+    own: Sequence[str]
+    pieces: Sequence[_Piece]
+    places: Sequence[int]  # where each tensor of the image stands among its own and the pieces
+
+    def filled(self, own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> Image:
+        found = [own[key] for key in self.own] + [piece.view(tensors[piece.key]) for piece in self.pieces]
+        return replace(self.image, tensors=[found[nth] for nth in self.places])
+
+
+class ShardedLayouts:
+    """Lays out what one rank writes, and remembers how.
+
+    Attributes:
+        holding: what this rank held when it last looked.
+        schema: what it knew of the job's tensors then, as a digest.
+        is_first: whether no rank before this one knew the same.
+    """
+
+    def __init__(self) -> None:
+        self._forms: dict[str, tuple[Form, Sequence[tuple[str, int]]]] = {}
+        self._parts: Sequence[str] = ()
+        self.holding = Holding((), ())
+        self._planned: Mapping[tuple[str, int], Part] = {}
+        self._known: Mapping[str, _Likeness] | None = None
+        self._files: Sequence[_File] | None = None
+        self._are_planned = False
+        self._own_kinds: Mapping[str, _Likeness] = {}
+        self.schema = ""
+        self.is_first = True
+
+    def see(self, snapshot: Snapshot) -> Seen:
+        """The job's state, taken apart. Costs no copy of a tensor.
+
+        Raises:
+            TypeError: naming the place of a value that cannot be stored.
+        """
+        tensors: dict[str, Tensor] = {}
+        texts: dict[str, str] = {}
+        is_as_before = self._parts == (parts := tuple(snapshot.shared))
+        for part, state in snapshot.shared.items():
+            if (matched := self._match(part, state)) is None:
+                matched = self._take_apart(part, state)
+                is_as_before = False
+            tensors |= matched[0]
+            texts[part] = matched[1]
+        self._parts = parts
+        if not is_as_before:
+            self._files = None
+        return Seen(tensors, texts, is_as_before)
+
+    def look(self, seen: Seen) -> None:
+        """What this rank holds is known."""
+        self.holding = Holding.of(seen.tensors)
+        self.schema = digest(self.holding.schema())
+
+    def plan(self, rank: int, answer: Mapping[str, Any], seen: Seen) -> None:
+        """What this rank writes of what it held when it looked is known."""
+        kinds = self.holding.kinds
+        parts = parts_of(self.holding, rank, answer, self.schema)
+        self._planned = {(kinds[part.nth].key, kinds[part.nth].nth): part for part in parts}
+        self._known = {key: _likeness(tensor) for key, tensor in seen.tensors.items()}
+        self._files = None
+
+    def lay_out(self, snapshot: Snapshot, rank: int) -> list[Image]:
+        """See `distckpt.formats.Format.lay_out`. What has become another since the plan was made is written by every
+        rank that holds it, and told."""
+        seen = self.see(snapshot)
+        own, told = _own(snapshot.own, rank)
+        own_kinds = {key: _likeness(tensor) for key, tensor in own.items()}
+        if self._files is None or own_kinds != self._own_kinds:
+            self._are_planned = self._known == {key: _likeness(tensor) for key, tensor in seen.tensors.items()}
+            self._files, self._own_kinds = self._make_files(seen, own, rank), own_kinds
+        images = [file.filled(own, seen.tensors) for file in self._files]
+        is_planned = self._are_planned
+        images.append(_text(layout.rank_file(rank), strict_json.dump(told).decode(), is_planned=is_planned))
+        if rank == LEADER:
+            images.append(_text(layout.STATE, _joined(seen.texts), is_planned=is_planned))
+        elif seen.texts and (self.is_first or not is_planned):
+            images.append(_text(layout.rank_state(rank), _joined(seen.texts), is_planned=is_planned))
+        return images
+
+    def _match(self, part: str, state: Any) -> tuple[dict[str, Tensor], str] | None:
+        if part not in self._forms:
+            return None
+        form, keys = self._forms[part]
+        if (matched := form.match(state)) is None:
+            return None
+        tensors, text = matched
+        return {key: tensors[nth] for key, nth in keys}, text
+
+    def _take_apart(self, part: str, state: Any) -> tuple[dict[str, Tensor], str]:
+        value, found, tied = trees.encode(state, part, may_be_spread=True)
+        keys = {key: key for key in found} | tied
+        self._forms.pop(part, None)
+        if (form := Form.of(state, found, part, may_be_spread=True)) is not None:
+            self._forms[part] = form, [(f"{part}.{key}", form.keys[other]) for key, other in keys.items()]
+        return {f"{part}.{key}": found[other] for key, other in keys.items()}, strict_json.dump(value).decode()
+
+    def _make_files(self, seen: Seen, own: Mapping[str, Tensor], rank: int) -> list[_File]:
+        pieces: defaultdict[int, list[_Piece]] = defaultdict(list)
+        if own:
+            pieces[0] = []
+        for key, tensor in seen.tensors.items():
+            for piece in self._pieces(key, tensor):
+                pieces[piece.nth].append(piece)
+        return [
+            self._make_file(layout.shard_file(rank, nth), of, {} if nth else own, seen)
+            for nth, of in sorted(pieces.items())
+        ]
+
+    def _pieces(self, key: str, tensor: Tensor) -> list[_Piece]:
+        boxes = boxes_of(tensor)
+        if self._known is None or self._known.get(key) != _likeness(tensor):
+            return [_Piece(key, nth, (0,) * len(box.sizes), box.sizes, box.offsets) for nth, box in enumerate(boxes)]
+        planned = [(nth, box, self._planned.get((key, nth))) for nth, box in enumerate(boxes)]
+        return [
+            _Piece(key, nth, part.begins, part.sizes, _sum(box.offsets, part.begins))
+            for nth, box, part in planned
+            if part is not None
+        ]
+
+    def _make_file(self, path: str, pieces: Sequence[_Piece], own: Mapping[str, Tensor], seen: Seen) -> _File:
+        tensors = dict(own) | {piece.key: piece.view(seen.tensors[piece.key]) for piece in pieces}
+        offsets = {key: (0,) * tensor.ndim for key, tensor in own.items()} | {one.key: one.offsets for one in pieces}
+        image = replace(
+            lay_out(path, tensors, _sharding_info(offsets)),
+            digests=layout.digests_file(path),
+            groups=None if self._are_planned else _groups(path, pieces, seen),
+        )
+        places = {key: nth for nth, key in enumerate(tensors)}
+        return _File(replace(image, tensors=()), [*own], pieces, [places[key] for key in image.keys])
+
+
+def _likeness(tensor: Tensor) -> _Likeness:
+    """What it has in common with others that are written alike."""
+    return tensor.dtype, tuple(tensor.shape), spread_of(tensor)
+
+
+def _sum(offsets: tuple[int, ...], begins: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(map(sum, zip(offsets, begins, strict=True)))
+
+
+def _groups(path: str, pieces: Sequence[_Piece], seen: Seen) -> tuple[TensorGroup, ...]:
+    alike: defaultdict[tuple[str, tuple[int, ...], Chunks], list[str]] = defaultdict(list)
+    for one in pieces:
+        tensor = seen.tensors[one.key]
+        chunks = Chunks((path,), one.offsets, one.sizes)
+        alike[DTYPES[tensor.dtype], tuple(tensor.shape), chunks].append(one.key)
+    return tuple(TensorGroup.of(dtype, shape, chunks, tuple(keys)) for (dtype, shape, chunks), keys in alike.items())
+
+
+def _sharding_info(offsets: Mapping[str, Sequence[int]]) -> dict[str, str]:
+    """What ``HuggingFaceStorageReader`` of torch looks for in a file."""
+    told = {key: {"saved_offsets": offset} for key, offset in offsets.items()}
+    return {"DCP_SHARDING_INFO": strict_json.dump(told).decode(), "DCP_VERSION": "1.0"}
+
+
+def _own(parts: Mapping[str, Any], rank: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What is this rank's alone: its tensors, by keys that no other rank has, and the rest."""
+    tensors: dict[str, Tensor] = {}
+    told: dict[str, Any] = {}
+    for part, state in parts.items():
+        told[part], found, _ = trees.encode(state, part)
+        tensors |= {layout.own_key(rank, part, key): tensor for key, tensor in found.items()}
+    return tensors, told
+
+
+def _joined(texts: Mapping[str, str]) -> str:
+    return "{" + ",".join(f"{strict_json.dump(part).decode()}:{text}" for part, text in texts.items()) + "}"
+
+
+def _text(path: str, text: str, *, is_planned: bool) -> Image:
+    data = text.encode("ascii")
+    return Image(path, len(data), texts=((0, data),), groups=None if is_planned else ())

@@ -1,0 +1,207 @@
+"""A sharded checkpoint that is read: its indexes first, then of each file the blocks that this rank needs."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distckpt import layout, strict_json
+from distckpt.errors import DamagedCheckpoint
+from distckpt.formats import Snapshot
+from distckpt.formats import tree as trees
+from distckpt.formats.boxes import Ints, fault, overlaps
+from distckpt.formats.merging import merged
+from distckpt.formats.safetensors_file import DTYPES_BY_NAME
+from distckpt.formats.shard_file import ShardFile, Wanted
+from distckpt.formats.shards import boxes_of, narrowed, view_of
+from distckpt.formats.stand_ins import stand_in
+from distckpt.formats.tree import Reference
+from distckpt.manifest import Manifest, TensorGroup, digest
+from distckpt.stores import Store
+
+_MOST_DIMENSIONS = 64
+
+
+class _Chunk(NamedTuple):
+    """A part of a tensor in a file, and what of it is wanted: from where to where, in the chunk and in the box."""
+
+    file: str
+    sizes: tuple[int, ...]
+    low: tuple[int, ...]
+    begins: tuple[int, ...]
+    shared: tuple[int, ...]
+
+
+class _Layout:
+    """How the tensors of one group lie."""
+
+    def __init__(self, group: TensorGroup, what: str) -> None:
+        self.shape = group.shape
+        self.dtype = DTYPES_BY_NAME.get(group.dtype)
+        whose = f"{what}: {ascii(group.keys[:1])[1:81]} of {ascii(group.dtype)[:20]} and the shape {group.shape}"
+        is_sane = len(group.shape) <= _MOST_DIMENSIONS and math.prod(filter(None, group.shape)) < 1 << 59
+        if self.dtype is None or not is_sane:
+            raise DamagedCheckpoint(f"{whose} cannot be")
+        self._files: Sequence[str] = group.chunks.files if group.chunks else (group.file,)
+        self._offsets = _rows(group.chunks.offsets if group.chunks else (0,) * len(group.shape), self._files)
+        self._sizes = _rows(group.chunks.sizes if group.chunks else group.shape, self._files)
+        if told := fault(group.shape, self._offsets, self._sizes):
+            raise DamagedCheckpoint(f"{whose} is not whole: {told}")
+        self._known: dict[tuple[tuple[int, ...], tuple[int, ...]], list[_Chunk]] = {}
+
+    def chunks_in(self, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> list[_Chunk]:
+        """What that box consists of. All of it is there, as all of the tensor is, once."""
+        if (known := self._known.get((offsets, sizes))) is None:
+            known = self._known[offsets, sizes] = self._find(offsets, sizes)
+        return known
+
+    def _find(self, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> list[_Chunk]:
+        if not math.prod(sizes):
+            return []
+        found, low, high = overlaps(offsets, sizes, self._offsets, self._sizes)
+        begins = low - np.array(offsets, dtype=np.int64)
+        inside = low - self._offsets[found]
+        columns = (self._sizes[found], inside, begins, high - low)
+        return [
+            _Chunk(self._files[number], *(tuple(row) for row in rows))
+            for number, *rows in zip(found.tolist(), *(column.tolist() for column in columns), strict=True)
+        ]
+
+
+def _rows(numbers: Sequence[int], files: Sequence[str]) -> Ints:
+    return np.array(numbers, dtype=np.int64).reshape(len(files), -1)
+
+
+class OpenedSharded:
+    """See `distckpt.formats.Opened`, and `distckpt.formats.Format.open` for what it raises."""
+
+    def __init__(self, store: Store, path: str, manifest: Manifest, rank: int, parts: Collection[str] | None) -> None:
+        self._store = store
+        self._path = path
+        self._entries = {entry.path: entry for entry in manifest.files}
+        self._files: dict[str, ShardFile] = {}
+        self._layouts: dict[str, _Layout] = {}
+        for group in manifest.tensors:
+            lies = _Layout(group, path)
+            for key in group.keys:
+                if self._layouts.setdefault(key, lies) is not lies:
+                    raise DamagedCheckpoint(f"{path}: {ascii(key)[:80]} stands twice in its manifest")
+        self._stand_ins: dict[tuple[object, ...], Tensor] = {}
+        self._places: dict[int, tuple[str, str]] = {}  # of each stand-in: its file, if it is of one rank, and its key
+        self._arrays: list[tuple[Tensor, Tensor]] = []
+        self.snapshot = Snapshot(self._shared(parts), self._own(rank, parts))
+
+    def fill(self, targets: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """See `distckpt.formats.Opened.fill`."""
+        wanted: defaultdict[str, defaultdict[str, list[Wanted]]] = defaultdict(lambda: defaultdict(list))
+        for standing, target in (*targets, *self._arrays):
+            place = self._places.get(id(standing))
+            if place is None or target.dtype is not standing.dtype or target.shape != standing.shape:
+                raise ValueError(
+                    f"a {target.dtype} of {tuple(target.shape)} is no place for what was {standing.dtype} of "
+                    f"{tuple(standing.shape)}, or that is of another checkpoint"
+                )
+            for file, key, one in self._wanted(*place, target):
+                wanted[file][key].append(one)
+        for file in sorted(wanted):
+            self._file(file).fill(wanted[file])
+
+    def _wanted(self, file: str, key: str, target: Tensor) -> Iterable[tuple[str, str, Wanted]]:
+        if file:
+            yield file, key, Wanted(None, (), target)
+            return
+        lies = self._layouts[key]
+        if lies.dtype is not target.dtype or lies.shape != target.shape:  # its bytes are those of another dtype
+            (chunk,) = lies.chunks_in((0,) * len(lies.shape), lies.shape) or (None,)
+            if chunk is not None:
+                yield chunk.file, key, Wanted(None, (), target)
+            return
+        for box in boxes_of(target):
+            view = view_of(target, box)
+            for chunk in lies.chunks_in(box.offsets, box.sizes):
+                yield chunk.file, key, Wanted(chunk.sizes, chunk.low, narrowed(view, chunk.begins, chunk.shared))
+
+    def _shared(self, parts: Collection[str] | None) -> dict[str, Any]:
+        """What the leader knew, and what other ranks knew beside."""
+        indexes = [layout.STATE, *filter(layout.is_rank_state, self._entries)]
+        told = [self._index(index, parts, self._find_shared) for index in indexes]
+        return merged(told)
+
+    def _own(self, rank: int, parts: Collection[str] | None) -> dict[str, Any]:
+        index, file = layout.rank_file(rank), layout.shard_file(rank)
+        if index not in self._entries:  # another world size has other ranks
+            return {}
+
+        def find(part: str, reference: Reference) -> Any:
+            key = layout.own_key(rank, part, reference.key)
+            held = self._file(file).held[key]
+            return self._stand_in(file, key, reference, held.dtype, held.shape)
+
+        return self._index(index, parts, find)
+
+    def _index(self, index: str, parts: Collection[str] | None, find: Any) -> dict[str, Any]:
+        told = read_index(self._store, f"{self._path}/{index}", self._entries.get(index))
+        state = {}
+        for part, one in told.items():
+            if parts is None or part in parts:
+                try:
+                    state[part] = trees.decode(one, partial(find, part))
+                except ValueError as error:
+                    raise DamagedCheckpoint(f"{self._path}/{index}, {part}: {error}") from error
+        return state
+
+    def _find_shared(self, part: str, reference: Reference) -> Any:
+        key = f"{part}.{reference.key}"
+        lies = self._layouts[key]
+        assert lies.dtype is not None, "others are refused"
+        return self._stand_in("", key, reference, lies.dtype, lies.shape)
+
+    def _stand_in(self, file: str, key: str, reference: Reference, dtype: torch.dtype, shape: tuple[int, ...]) -> Any:
+        size_bytes = dtype.itemsize * math.prod(shape)
+        if reference.dtype is not None:
+            dtype, shape = reference.dtype, reference.shape
+            if math.prod(shape) * dtype.itemsize != size_bytes:
+                raise ValueError(f"{ascii(key)[:80]} has {size_bytes} bytes, no {dtype} of {tuple(shape)}")
+        place = (file, key, dtype, tuple(shape))
+        if (known := self._stand_ins.get(place)) is None:
+            known = self._stand_ins[place] = stand_in(shape, dtype)
+            self._places[id(known)] = (file, key)
+        if not reference.is_array:
+            return known
+        array = torch.empty(shape, dtype=dtype)
+        self._arrays.append((known, array))
+        return array.numpy()
+
+    def _file(self, file: str) -> ShardFile:
+        if file not in self._files:
+            entry = self._entries.get(file)
+            blocks = self._entries.get(entry.digests) if entry else None
+            if entry is None or blocks is None:
+                raise DamagedCheckpoint(f"{self._path}/{file}, or the digests of its blocks, is not in the manifest")
+            told = read_index(self._store, f"{self._path}/{blocks.path}", blocks)
+            self._files[file] = ShardFile(self._store, f"{self._path}/{file}", entry, told)
+        return self._files[file]
+
+
+def read_index(store: Store, place: str, entry: Any) -> dict[str, Any]:
+    """The JSON object of that file.
+
+    Raises:
+        DamagedCheckpoint: where it is not what was committed.
+    """
+    if entry is None:
+        raise DamagedCheckpoint(f"{place} is not in the manifest")
+    data = store.read(place)
+    if len(data) != entry.size_bytes or digest(data) != entry.xxh3_128:
+        raise DamagedCheckpoint(f"{place}: its bytes changed after the commit")
+    try:
+        return strict_json.load(data, place)
+    except ValueError as error:
+        raise DamagedCheckpoint(str(error)) from error
