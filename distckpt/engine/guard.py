@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 import weakref
+from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -15,6 +17,26 @@ from distckpt.formats.shards import local_of
 
 # Where a tensor lies: its address, and its size in bytes.
 Place = tuple[int, int]
+
+
+class Places:
+    """Memory of tensors, and of parts of them.
+
+    Attributes:
+        whole: of each tensor.
+    """
+
+    def __init__(self, whole: set[Place]) -> None:
+        self.whole = whole
+        self._sorted: list[Place] = []  # not before somebody asks for a part
+
+    def __contains__(self, place: Place) -> bool:
+        if place in self.whole:
+            return True
+        if not self._sorted:
+            self._sorted = sorted(self.whole)
+        nth = bisect_right(self._sorted, (place[0], sys.maxsize)) - 1
+        return nth >= 0 and place[0] + place[1] <= sum(self._sorted[nth])
 
 
 class Guard:
@@ -42,8 +64,11 @@ class Guard:
         self._handle = register_optimizer_step_pre_hook(before_step)
         self._end = weakref.finalize(self, self._handle.remove)
 
-    def guarded(self) -> set[Place]:
+    def guarded(self) -> Places:
         """The memory that only the known optimizers change."""
+        return Places(self._guarded())
+
+    def _guarded(self) -> set[Place]:
         tensors: list[Tensor] = []
         for optimizer in tuple(self._seen):
             for group in optimizer.param_groups:

@@ -17,7 +17,7 @@ from distckpt.formats.held import Holding
 from distckpt.formats.safetensors_file import DTYPES
 from distckpt.formats.safetensors_layout import lay_out
 from distckpt.formats.sharded_plan import Part, parts_of
-from distckpt.formats.shards import boxes_of, narrowed, spread_of, view_of
+from distckpt.formats.shards import boxes_of, local_of, narrowed, spread_of, view_of
 from distckpt.manifest import Chunks, TensorGroup, digest
 from distckpt.ranks import LEADER
 
@@ -41,13 +41,18 @@ class Seen:
 
 @dataclass(frozen=True)
 class _Piece:
-    """What is written of a tensor: a part of the how-manieth of its boxes here, and where that lies in the whole."""
+    """What is written of a tensor: a part of the how-manieth of its boxes here, and where that lies in the whole.
+
+    Attributes:
+        is_all: whether it is all that this rank has of it.
+    """
 
     key: str
     nth: int
     begins: tuple[int, ...]
     sizes: tuple[int, ...]
     offsets: tuple[int, ...]
+    is_all: bool
 
     def view(self, tensor: Tensor) -> Tensor:
         """Its elements, in the memory of ``tensor``."""
@@ -64,7 +69,10 @@ class _File:
     places: Sequence[int]  # where each tensor of the image stands among its own and the pieces
 
     def filled(self, own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> Image:
-        found = [own[key] for key in self.own] + [piece.view(tensors[piece.key]) for piece in self.pieces]
+        found = [own[key] for key in self.own]
+        for piece in self.pieces:
+            tensor = tensors[piece.key]
+            found.append(local_of(tensor) if piece.is_all else piece.view(tensor))
         return replace(self.image, tensors=[found[nth] for nth in self.places])
 
 
@@ -171,11 +179,15 @@ class ShardedLayouts:
 
     def _pieces(self, key: str, tensor: Tensor) -> list[_Piece]:
         boxes = boxes_of(tensor)
+        is_one = len(boxes) == 1
         if self._known is None or self._known.get(key) != _likeness(tensor):
-            return [_Piece(key, nth, (0,) * len(box.sizes), box.sizes, box.offsets) for nth, box in enumerate(boxes)]
+            nowhere = (0,) * tensor.ndim
+            return [_Piece(key, nth, nowhere, box.sizes, box.offsets, is_one) for nth, box in enumerate(boxes)]
         planned = [(nth, box, self._planned.get((key, nth))) for nth, box in enumerate(boxes)]
         return [
-            _Piece(key, nth, part.begins, part.sizes, _sum(box.offsets, part.begins))
+            _Piece(
+                key, nth, part.begins, part.sizes, _sum(box.offsets, part.begins), is_one and part.sizes == box.sizes
+            )
             for nth, box, part in planned
             if part is not None
         ]

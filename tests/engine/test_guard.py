@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import optimizer as torch_optimizer
 
 from distckpt.destinations import _loads_as_stock
-from distckpt.engine.guard import Guard
+from distckpt.engine.guard import Guard, Places
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -129,10 +129,20 @@ def test_it_keeps_no_optimizer_alive(guard):
     known = weakref.ref(optimizer)
     del optimizer
     gc.collect()
-    assert known() is None and guard.guarded() == set()
+    assert known() is None and guard.guarded().whole == set()
 
 
 # What is guarded
+
+
+@pytest.mark.parametrize(
+    "begin, count, is_guarded", [(0, 4, True), (3, 5, True), (7, 1, True), (7, 2, False), (-1, 2, False)]
+)
+def test_a_part_of_what_is_guarded_is_guarded_and_what_reaches_out_of_it_is_not(begin, count, is_guarded):
+    places = Places({(1000, 8), (2000, 8), (2008, 8)})
+    assert ((2000 + begin, count) in places) is is_guarded
+    assert (999, 1) not in places and (3000, 1) not in places
+    assert (5, 1) not in Places(set())
 
 
 def test_parameters_and_moments_of_an_optimizer_that_took_a_step_are_guarded(guard):
@@ -140,12 +150,12 @@ def test_parameters_and_moments_of_an_optimizer_that_took_a_step_are_guarded(gua
     optimizer = stepped(module, amsgrad=True)
     expected = {place(one) for one in module.parameters()}
     expected |= {place(one) for state in optimizer.state.values() for one in state.values()}
-    assert len(expected) == 10 and guard.guarded() == expected
+    assert len(expected) == 10 and guard.guarded().whole == expected
 
 
 def test_an_optimizer_that_took_no_step_guards_nothing(guard):
     torch.optim.AdamW(nn.Linear(3, 3).parameters())
-    assert guard.guarded() == set()
+    assert guard.guarded().whole == set()
 
 
 def test_a_frozen_parameter_is_not_guarded(guard):
