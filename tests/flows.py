@@ -1,4 +1,4 @@
-"""A run of N thread ranks with the real full format, for the tests of the flows."""
+"""A run of N thread ranks with a real format, for the tests of the flows."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from distckpt.attempt import Attempt, Holder
 from distckpt.catalog import Catalog
 from distckpt.engine.stager import Stager
 from distckpt.formats import Format, Snapshot, Staged, Written
-from distckpt.formats.full import FORMAT
+from distckpt.formats.full import FORMAT, Full
 from distckpt.formats.known import get_format
 from distckpt.formats.stand_ins import Whole, read_whole
 from distckpt.manifest import Manifest, Record
+from distckpt.planning import plan
 from distckpt.progress import Progress
 from distckpt.ranks import Ranks, is_leader
 from distckpt.restoring import Restored, restore_newest
@@ -80,8 +81,11 @@ class Gated:
 class Saves:
     """Saves steps one after another with ``world_size`` ranks into ``folder``, each rank through its own store."""
 
-    def __init__(self, folder: Path, world_size: int, *, timeout: timedelta = SOON) -> None:
+    def __init__(
+        self, folder: Path, world_size: int, *, timeout: timedelta = SOON, make_format: Callable[[], Format] = Full
+    ) -> None:
         self.folder = folder
+        self.formats = [make_format() for _ in range(world_size)]
         self.ranks = thread_ranks(world_size, timeout=timeout)
         store = LocalStore(folder)
         store.make_root()
@@ -97,14 +101,21 @@ class Saves:
             if ranks.rank in absent:
                 return None
 
+            format = self.formats[ranks.rank]
+            own = {"rng": {"rank": ranks.rank, "step": step}}
+
+            @cache
+            def state() -> Snapshot:
+                return snapshot(ranks.rank) if snapshot else Snapshot(state_of(step), own)
+
             @cache
             def taken() -> Staged:
-                own = {"rng": {"rank": ranks.rank, "step": step}}
-                state = snapshot(ranks.rank) if snapshot else Snapshot(state_of(step), own)
-                staged = take(state, rank=ranks.rank)
+                staged = take(state(), rank=ranks.rank, format=format)
                 staged.stage()
                 return staged
 
+            if format.planner is not None and format.planner.is_due:
+                plan(ranks, format.planner, state)
             catalog = None
             if is_leader(ranks):
                 catalog = Catalog(self.stores[0], self.catalog.attempt)
@@ -112,7 +123,7 @@ class Saves:
                 self.catalog._serial += 1
             return save(
                 Job(Progress(step), ("interval",), taken),
-                format=FORMAT,
+                format=format,
                 store=self.stores[ranks.rank],
                 ranks=ranks,
                 catalog=catalog,

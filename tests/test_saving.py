@@ -11,6 +11,8 @@ from flows import Saves, state_of
 from distckpt.catalog import scan
 from distckpt.errors import SaveFailed
 from distckpt.formats import Snapshot
+from distckpt.formats.full import Full
+from distckpt.formats.sharded import Sharded
 from distckpt.manifest import Record
 from distckpt.restoring import Restored
 from distckpt.testing import FaultyStore
@@ -20,28 +22,30 @@ def committed(saves: Saves) -> list[str]:
     return [record.name for record in scan(saves.catalog.store).records]
 
 
+@pytest.mark.parametrize("make_format", [Full, Sharded])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_every_rank_holds_the_record_of_what_is_committed(tmp_path, world_size):
-    saves = Saves(tmp_path / "run", world_size)
+def test_every_rank_holds_the_record_of_what_is_committed(tmp_path, world_size, make_format):
+    saves = Saves(tmp_path / "run", world_size, make_format=make_format)
     told = saves.save(7)
     assert all(isinstance(record, Record) and record == told[0] for record in told)
     assert told[0].world_size == world_size and committed(saves) == ["step-00000007"]
     assert (tmp_path / "run" / "step-00000007" / f"rank-{world_size - 1:05d}.json").exists()
 
 
-def operations(tmp_path, rank: int) -> list[str]:
-    saves = Saves(tmp_path / "counted", 2)
+def operations(tmp_path, rank: int, make_format) -> list[str]:
+    saves = Saves(tmp_path / "counted", 2, make_format=make_format)
     saves.save(1)
     saves.stores[rank] = counted = FaultyStore(saves.stores[rank])
     saves.save(2)
     return counted.operations
 
 
+@pytest.mark.parametrize("make_format", [Full, Sharded])
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_fault_at_any_operation_fails_on_all_ranks_and_costs_nothing(tmp_path, rank, code):
-    for nth, operation in enumerate(operations(tmp_path, rank)):
-        saves = Saves(tmp_path / f"fault-{nth}", 2)
+def test_a_fault_at_any_operation_fails_on_all_ranks_and_costs_nothing(tmp_path, rank, code, make_format):
+    for nth, operation in enumerate(operations(tmp_path, rank, make_format)):
+        saves = Saves(tmp_path / f"fault-{nth}", 2, make_format=make_format)
         saves.save(1)
         good = saves.stores[rank]
         saves.stores[rank] = FaultyStore(good, fail_at=nth, error=OSError(code, "the disk said no", operation))
