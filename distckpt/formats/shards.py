@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 from functools import lru_cache
 from itertools import product
@@ -50,10 +51,11 @@ def boxes_of(tensor: Tensor) -> Sequence[Box]:
     element of one that has some. Costs next to nothing where another was cut alike.
 
     Raises:
-        TypeError: where it is a sum over ranks that nobody has worked out.
+        TypeError: where it is a sum over ranks that nobody has worked out, or is not cut as its placements say.
     """
     if isinstance(tensor, DTensor):
-        return _boxes(tuple(tensor.shape), tensor.device_mesh, tensor.placements)
+        here = tuple(tensor._local_tensor.shape)
+        return _boxes(tuple(tensor.shape), here, tensor.device_mesh, tensor.placements)
     return _whole(tuple(tensor.shape))
 
 
@@ -66,6 +68,8 @@ def narrowed(tensor: Tensor, begins: Extents, sizes: Extents) -> Tensor:
     """The box of ``tensor`` that begins there: the same memory."""
     if sizes == tensor.shape:
         return tensor
+    if 0 in sizes:  # which may be more than is here of what nobody has an element of
+        return tensor.reshape(sizes)
     for dim, (begin, size) in enumerate(zip(begins, sizes, strict=True)):
         if size != tensor.shape[dim]:
             tensor = tensor.narrow(dim, begin, size)
@@ -79,32 +83,60 @@ def _whole(shape: Extents) -> Sequence[Box]:
 
 
 @lru_cache(maxsize=4096)
-def _boxes(shape: Extents, mesh: DeviceMesh, placements: tuple[Placement, ...]) -> Sequence[Box]:
+def _boxes(shape: Extents, here: Extents, mesh: DeviceMesh, placements: tuple[Placement, ...]) -> Sequence[Box]:
     coordinate = mesh.get_coordinate()
     if coordinate is None:
         return ()
-    return boxes_at(shape, tuple(mesh.shape), tuple(coordinate), placements)
+    for is_left_to_right in (False, True):
+        boxes = boxes_at(shape, tuple(mesh.shape), tuple(coordinate), placements, is_left_to_right=is_left_to_right)
+        if 0 in shape or _extents(boxes) == (here if math.prod(here) else ()):
+            return boxes
+    raise TypeError(f"what this rank has of it has the shape {here}, which is not what {placements} of {shape} gives")
+
+
+def _extents(boxes: Sequence[Box]) -> Extents:
+    """The shape of a tensor that consists of them."""
+    ends = [[begin + size for begin, size in zip(box.begins, box.sizes, strict=True)] for box in boxes]
+    return tuple(map(max, zip(*ends, strict=True)))
+
+
+class _Split(NamedTuple):
+    """What is done to a dimension for one of the mesh: which of so many pieces is kept; of each of so many parts."""
+
+    number: int
+    at: int
+    parts: int
 
 
 def boxes_at(
-    shape: Extents, mesh_shape: Extents, coordinate: Extents, placements: Sequence[Placement]
+    shape: Extents,
+    mesh_shape: Extents,
+    coordinate: Extents,
+    placements: Sequence[Placement],
+    *,
+    is_left_to_right: bool = False,
 ) -> Sequence[Box]:
     """The boxes that the rank at ``coordinate`` of the mesh has of a tensor of that shape.
 
     Offsets that torch reports are not asked for: where a `_StridedShard` stands alone they are wrong, as what a rank
     holds is no box then.
+
+    Args:
+        is_left_to_right: what FSDP2 makes of a tensor that is sharded already is told as a `_StridedShard` to the left
+            of what was done before. Where the pieces are uneven, going through the placements from the left, as torch
+            does when it cuts a whole tensor by them, gives other pieces than FSDP2 has. They are, by default, those.
     """
-    runs: list[list[_Run]] = [[(0, extent)] for extent in shape]
+    splits: list[list[_Split]] = [[] for _ in shape]
     for number, at, placement in zip(mesh_shape, coordinate, placements, strict=True):
         if isinstance(placement, _StridedShard):
-            pieces = _chunks(runs[placement.dim], int(placement.split_factor))
-            runs[placement.dim] = _joined([run for piece in pieces for run in _chunks(piece, number)[at]])
+            splits[placement.dim].append(_Split(number, at, int(placement.split_factor)))
         elif isinstance(placement, Shard):
-            runs[placement.dim] = _chunks(runs[placement.dim], number)[at]
+            splits[placement.dim].append(_Split(number, at, 1))
         elif not isinstance(placement, Replicate):
             raise TypeError(f"it has the placement {placement}, a sum that is not worked out yet: redistribute it")
     if 0 in shape:  # all of it, which is nothing, or nobody would have it
         return _whole(shape) if all(at == 0 for at in coordinate) else ()
+    runs = [_runs(extent, of if is_left_to_right else _as_done(of)) for extent, of in zip(shape, splits, strict=True)]
     boxes = []
     for chosen in product(*map(_placed, runs)):
         offsets, sizes, begins = zip(*chosen, strict=True) if chosen else ((), (), ())
@@ -112,11 +144,31 @@ def boxes_at(
     return tuple(boxes)
 
 
-def _chunks(runs: list[_Run], number: int) -> list[list[_Run]]:
-    """As ``torch.chunk``: so many pieces of the same size, but that the last ones may be smaller, or empty."""
+def _as_done(splits: list[_Split]) -> list[_Split]:
+    """In the order in which FSDP2 and others did it: each behind those that had made the parts that it tells of. As
+    they are where there are no such."""
+    ordered: list[_Split] = []
+    for split in reversed(splits):
+        made = [math.prod(one.number for one in ordered[:nth]) for nth in range(len(ordered) + 1)]
+        if split.parts not in made:
+            return splits
+        ordered.insert(made.index(split.parts), split._replace(parts=1))
+    return ordered
+
+
+def _runs(extent: int, splits: Sequence[_Split]) -> list[_Run]:
+    runs = [(0, extent)]
+    for number, at, parts in splits:
+        pieces = [_chunk(runs, parts, nth) for nth in range(parts)]
+        runs = _joined([run for piece in pieces for run in _chunk(piece, number, at)])
+    return runs
+
+
+def _chunk(runs: list[_Run], number: int, at: int) -> list[_Run]:
+    """As ``torch.chunk``: of so many pieces of the same size, but that the last ones may be smaller, or empty, one."""
     count = sum(end - begin for begin, end in runs)
     size = -(-count // number)
-    return [_slice(runs, nth * size, min((nth + 1) * size, count)) for nth in range(number)]
+    return _slice(runs, at * size, min((at + 1) * size, count))
 
 
 def _slice(runs: list[_Run], begin: int, end: int) -> list[_Run]:
