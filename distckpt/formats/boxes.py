@@ -30,7 +30,7 @@ def fault(shape: Sequence[int], offsets: Ints, sizes: Ints) -> str:
     held, all_of_it = int(sizes.prod(axis=1).sum()), math.prod(shape)
     if held < all_of_it:
         return f"{all_of_it - held} of its {all_of_it} elements are missing"
-    if held > all_of_it or not (_are_cells(whole, offsets, sizes) or _are_apart(offsets, sizes)):
+    if held > all_of_it or not _are_apart(offsets, offsets + sizes):
         return "parts of it overlap"
     return ""
 
@@ -44,24 +44,44 @@ def overlaps(offset: Sequence[int], size: Sequence[int], offsets: Ints, sizes: I
     return found, low[found], high[found]
 
 
-def _are_cells(whole: Ints, offsets: Ints, sizes: Ints) -> bool:
-    """Whether they are cells of the grid that their beginnings make, each another one: then they are apart."""
-    ends = offsets + sizes
-    for dim in range(len(whole)):
-        starts = np.unique(offsets[:, dim])
-        following = np.append(starts, whole[dim])[np.searchsorted(starts, offsets[:, dim], side="right")]
-        if (ends[:, dim] != following).any():
-            return False
-    return len(np.unique(offsets, axis=0)) == len(offsets)
+def _are_apart(lows: Ints, highs: Ints) -> bool:
+    """Whether no two of these boxes share an element.
+
+    Where a plane lies between some and others, they are apart: what is left on one side of each plane is compared, each
+    with each. That is next to nothing, however a tensor was cut and cut again.
+    """
+    dims = range(lows.shape[1])
+    ranked = [np.unique(np.concatenate([lows[:, dim], highs[:, dim]]), return_inverse=True)[1] for dim in dims]
+    sides = np.zeros(len(lows), dtype=np.int64)
+    number, before = 1, 0
+    while before < number < len(lows):
+        before = number
+        for ranks in ranked:
+            sides = _parted(sides, *np.split(ranks, 2))
+        number = int(sides.max()) + 1
+    order = np.argsort(sides, kind="stable")
+    counts = np.bincount(sides)
+    ends = np.cumsum(counts)
+    crowds = [order[ends[side] - counts[side] : ends[side]] for side in np.flatnonzero(counts > 1)]
+    return all(_share_nothing(lows[crowd], highs[crowd]) for crowd in crowds)
 
 
-def _are_apart(offsets: Ints, sizes: Ints) -> bool:
-    """Whether no two of them share an element: each is compared with each."""
-    ends = offsets + sizes
-    step = max(_PAIRS_AT_ONCE // len(offsets), 1)
-    for begin in range(0, len(offsets), step):
+def _parted(sides: Ints, lows: Ints, highs: Ints) -> Ints:
+    """On which side each lies, where those of a side that a plane separates are on two. Of one dimension."""
+    order = np.lexsort((lows, sides))
+    apart = sides[order] * (int(highs.max()) + 1)
+    reached = np.maximum.accumulate(apart + highs[order])
+    is_first = np.append(True, apart[1:] + lows[order][1:] >= reached[:-1])
+    parted = np.empty_like(sides)
+    parted[order] = np.cumsum(is_first) - 1
+    return parted
+
+
+def _share_nothing(lows: Ints, highs: Ints) -> bool:
+    step = max(_PAIRS_AT_ONCE // len(lows), 1)
+    for begin in range(0, len(lows), step):
         some = slice(begin, begin + step)
-        shared = (np.minimum(ends[some, None], ends) > np.maximum(offsets[some, None], offsets)).all(axis=2)
-        if np.count_nonzero(shared) != len(offsets[some]):  # each shares all of it with itself
+        shared = (np.minimum(highs[some, None], highs) > np.maximum(lows[some, None], lows)).all(axis=2)
+        if np.count_nonzero(shared) != len(lows[some]):  # each shares all of it with itself
             return False
     return True
