@@ -32,11 +32,13 @@ class Seen:
         tensors: by key; by each of its keys where it has several, so that any reader finds it.
         texts: of each part, the JSON of the rest.
         is_as_before: whether tensors are of the same kinds, and spread over ranks in the same way, as the last time.
+        is_growing: whether an optimizer has no state yet, and will have some.
     """
 
     tensors: Mapping[str, Tensor]
     texts: Mapping[str, str]
     is_as_before: bool
+    is_growing: bool
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ class ShardedLayouts:
         self._parts = parts
         if not is_as_before:
             self._files = None
-        return Seen(tensors, texts, is_as_before)
+        return Seen(tensors, texts, is_as_before, any(map(_is_growing, snapshot.shared.values())))
 
     def look(self, seen: Seen) -> None:
         """What this rank holds is known."""
@@ -131,8 +133,8 @@ class ShardedLayouts:
         self._files = None
 
     def lay_out(self, snapshot: Snapshot, rank: int) -> list[Image]:
-        """See `distckpt.formats.Format.lay_out`. What has become another since the plan was made is written by every
-        rank that holds it, and told."""
+        """See `distckpt.formats.Format.lay_out`. A rank whose state has become another since the plan was made writes
+        all that it has, and tells: nobody knows whether others still hold, and so write, what it shares with them."""
         seen = self.see(snapshot)
         own, told = _own(snapshot.own, rank)
         own_kinds = {key: _likeness(tensor) for key, tensor in own.items()}
@@ -180,7 +182,7 @@ class ShardedLayouts:
     def _pieces(self, key: str, tensor: Tensor) -> list[_Piece]:
         boxes = boxes_of(tensor)
         is_one = len(boxes) == 1
-        if self._known is None or self._known.get(key) != _likeness(tensor):
+        if not self._are_planned:
             nowhere = (0,) * tensor.ndim
             return [_Piece(key, nth, nowhere, box.sizes, box.offsets, is_one) for nth, box in enumerate(boxes)]
         planned = [(nth, box, self._planned.get((key, nth))) for nth, box in enumerate(boxes)]
@@ -202,6 +204,14 @@ class ShardedLayouts:
         )
         places = {key: nth for nth, key in enumerate(tensors)}
         return _File(replace(image, tensors=()), [*own], pieces, [places[key] for key in image.keys])
+
+
+def _is_growing(state: Any) -> bool:
+    """Whether it is of an optimizer that took no step yet."""
+    if not isinstance(state, dict) or state.get("state") != {}:
+        return False
+    groups = state.get("param_groups")
+    return isinstance(groups, list) and any(isinstance(one, dict) and one.get("params") for one in groups)
 
 
 def _likeness(tensor: Tensor) -> _Likeness:

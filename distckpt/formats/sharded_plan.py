@@ -38,10 +38,12 @@ class Plan:
 
     Attributes:
         groups: what the manifest will say of all tensors.
+        holders: the ranks that have something of it, by key.
         answer: what each rank needs to know, for `parts_of`.
     """
 
     groups: tuple[TensorGroup, ...]
+    holders: Mapping[str, frozenset[int]]
     answer: Mapping[str, Any]
 
 
@@ -141,7 +143,7 @@ class _Planner:
                 for holders, group in groups.items()
             ],
         }
-        return Plan(self._groups(classes), answer)
+        return Plan(self._groups(classes), self._holders_of(classes), answer)
 
     def _classes(self) -> tuple[Ints, list[_Class]]:
         matrix = np.full((len(self._kinds), self._world_size), _NONE, dtype=np.uint32)
@@ -260,6 +262,16 @@ class _Planner:
             extent = cuts[-1][3]
             for rank, _, low, high in told:
                 self._loads[rank] += item_bytes[item] * (high - low) / extent
+
+    def _holders_of(self, classes: Sequence[_Class]) -> dict[str, frozenset[int]]:
+        of_partition = [frozenset(rank for ranks in holders for rank in ranks) for holders in self._holders]
+        found: dict[str, frozenset[int]] = {}
+        for one in classes:
+            ranks = of_partition[one.partition]
+            for nth in one.members.tolist():
+                key = self._kinds[nth].key
+                found[key] = found[key] | ranks if key in found else ranks
+        return found
 
     def _groups(self, classes: Sequence[_Class]) -> tuple[TensorGroup, ...]:
         several = {kind.key for kind in self._kinds if kind.nth}
