@@ -42,10 +42,19 @@ def group_of(ranks: Sequence[int], total_bytes: int, loads: np.ndarray) -> Group
     Args:
         loads: how many bytes each rank of the job writes anyway.
     """
-    few = min(len(ranks), max(total_bytes // LEAST_SHARE_BYTES, 1))
-    chosen = sorted(ranks) if few == len(ranks) else sorted(sorted(ranks, key=lambda rank: (loads[rank], rank))[:few])
-    target = (total_bytes + sum(float(loads[rank]) for rank in chosen)) / len(chosen)
-    return Group(tuple(chosen), tuple(max(target - float(loads[rank]), 0.0) for rank in chosen))
+    all_of_them = np.array(sorted(ranks), dtype=np.int64)
+    few = min(len(all_of_them), max(total_bytes // LEAST_SHARE_BYTES, 1))
+    chosen = np.sort(all_of_them[np.argsort(loads[all_of_them], kind="stable")[:few]])
+    theirs = loads[chosen].astype(np.float64)
+    capacities = np.maximum(_level(theirs, total_bytes) - theirs, 0.0)
+    return Group(tuple(chosen.tolist()), tuple(capacities.tolist()))
+
+
+def _level(loads: np.ndarray, total_bytes: int) -> float:
+    """How much each has, once that many bytes were given to those who have the least."""
+    ordered = np.sort(loads)
+    levels = (total_bytes + np.cumsum(ordered)) / np.arange(1, len(ordered) + 1)  # if so many took part
+    return float(levels[np.flatnonzero(levels >= ordered)[-1]])
 
 
 def share(group: Group, sizes: Sequence[tuple[int, ...]], item_bytes: Ints) -> Shares:
