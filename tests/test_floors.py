@@ -42,6 +42,7 @@ HANDS = {
     *("formats.boxes", "formats.held", "formats.merging", "formats.shard_file", "formats.sharded"),
     *("formats.sharded_layout", "formats.sharded_plan", "formats.sharded_reading", "formats.shards", "formats.sharing"),
     *("formats.full_reading", "formats.safetensors_reading", "formats.filling", "formats.hashing", "formats.stand_ins"),
+    "formats.streaming",
     *(
         "ranks.process_group",
         "buffers",

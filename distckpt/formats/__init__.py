@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from distckpt.manifest import FileEntry, Manifest, TensorGroup
 from distckpt.stores import Store
@@ -114,6 +114,32 @@ class Staged(Protocol):
         ...
 
 
+class Chunk(NamedTuple):
+    """A box of a tensor.
+
+    Attributes:
+        standing: what stands for the tensor, in the snapshot of what was opened.
+        offsets, sizes: of the box in it.
+    """
+
+    standing: Tensor
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+
+class Piece(NamedTuple):
+    """Some elements of a chunk, one after another.
+
+    Attributes:
+        begin: how many elements of the chunk come before these.
+        elements: in one dimension, on the host. Whoever asks for the next piece gets it in the same memory.
+    """
+
+    chunk: Chunk
+    begin: int
+    elements: Tensor
+
+
 class Opened(Protocol):
     """A checkpoint whose indexes one rank has read and checked, and whose tensors it has not read yet.
 
@@ -132,6 +158,16 @@ class Opened(Protocol):
             DamagedCheckpoint: naming the file whose bytes are not those that were committed; some targets may hold
                 them.
             OSError: where it cannot be read; some targets may have changed.
+        """
+        ...
+
+    def pieces(self, standing: Sequence[Tensor]) -> Iterator[Piece]:
+        """All elements of what each of these, of `snapshot`, stands for, in the order of the files. It takes a few MiB
+        of memory, whatever there is. Each byte is read once; it is checked by the time that the last piece was asked
+        for, and not sooner.
+
+        Raises:
+            DamagedCheckpoint, OSError: as `fill`, while they are asked for.
         """
         ...
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from distckpt.formats import Chunk
 from distckpt.formats.hashing import Behind, Hash, behind
 from distckpt.formats.shards import narrowed
 from distckpt.stores import Source
@@ -38,6 +39,7 @@ class Span(NamedTuple):
         targets: tensors, of one shape and dtype and so many bytes, that hold them afterwards.
         cuts: tensors that hold a part of them.
         dtype, shape: what they are, where there are cuts.
+        chunks: what they are handed on as, see `distckpt.formats.streaming`; then there are neither targets nor cuts.
         is_skipped: whether nobody wants them: they are neither read nor hashed.
     """
 
@@ -47,6 +49,7 @@ class Span(NamedTuple):
     dtype: torch.dtype = torch.uint8
     shape: tuple[int, ...] = ()
     is_skipped: bool = False
+    chunks: Sequence[Chunk] = ()
 
 
 def fill(source: Source, spans: Iterable[Span], digest: Hash) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,11 +12,12 @@ from torch import Tensor
 
 from distckpt import layout, strict_json
 from distckpt.errors import DamagedCheckpoint
-from distckpt.formats import Snapshot
+from distckpt.formats import Chunk, Piece, Snapshot
 from distckpt.formats import tree as trees
 from distckpt.formats.safetensors_file import DTYPES
 from distckpt.formats.safetensors_reading import SafetensorsFile
 from distckpt.formats.stand_ins import stand_in
+from distckpt.formats.streaming import all_of
 from distckpt.formats.tree import Reference
 from distckpt.manifest import FileEntry, Manifest, digest
 from distckpt.stores import Store
@@ -60,6 +61,15 @@ class OpenedFull:
             wanted[file][key].append(array)
         for file in sorted(wanted):
             self._files[file].fill(wanted[file])
+
+    def pieces(self, standing: Sequence[Tensor]) -> Iterator[Piece]:
+        """See `distckpt.formats.Opened.pieces`."""
+        chunks: defaultdict[str, defaultdict[str, list[Chunk]]] = defaultdict(lambda: defaultdict(list))
+        for one in standing:
+            file, key = self._places[id(one)]
+            chunks[file][key].append(all_of(one))
+        for file in sorted(chunks):
+            yield from self._files[file].pieces(chunks[file])
 
     def _group(self, index: str, parts: Collection[str] | None) -> dict[str, Any]:
         told = _read_index(self._store, self._path, index, self._entries)

@@ -10,7 +10,7 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
@@ -21,8 +21,9 @@ from torch import Tensor
 
 from distckpt import layout
 from distckpt.errors import DamagedCheckpoint, NoCheckpoint
-from distckpt.formats import Image, Opened, Snapshot, Written, joined
+from distckpt.formats import Image, Opened, Piece, Snapshot, Written, joined
 from distckpt.formats.hashing import Hash
+from distckpt.formats.streaming import whole
 from distckpt.formats.zip_image import ZipLayout
 from distckpt.manifest import FileEntry, Manifest, Record, TensorGroup
 from distckpt.ranks import LEADER
@@ -114,6 +115,9 @@ class _Loaded:
         with torch.no_grad():
             for held, target in targets:
                 target.copy_(held)
+
+    def pieces(self, standing: Sequence[Tensor]) -> Iterator[Piece]:
+        return (whole(held, held) for held in standing if held.numel())
 
 
 class _Raw(io.RawIOBase):

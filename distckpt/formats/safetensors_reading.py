@@ -18,9 +18,12 @@ from torch import Tensor
 
 from distckpt import strict_json
 from distckpt.errors import DamagedCheckpoint
+from distckpt.formats import Chunk, Piece
 from distckpt.formats.filling import Cut, Span, fill
+from distckpt.formats.hashing import Hash
 from distckpt.formats.safetensors_file import DTYPES_BY_NAME
 from distckpt.formats.shards import boxes_of, is_spread, view_of
+from distckpt.formats.streaming import stream
 from distckpt.manifest import FileEntry
 from distckpt.stores import Source, Store
 
@@ -74,14 +77,34 @@ class SafetensorsFile:
             DamagedCheckpoint: naming the file, where it is not what was meant, or not what it was.
             OSError: where it cannot be read.
         """
-        digest = xxhash.xxh3_128()
+        with self._checked() as (source, digest):
+            fill(source, [_span(held, targets.get(key, ())) for key, held in self.held.items()], digest)
+
+    def pieces(self, chunks: Mapping[str, Sequence[Chunk]]) -> Iterator[Piece]:
+        """The elements of the tensors of which chunks are given, each the whole of what lies under its key, in the
+        order of the file. All of it is read; once that has ended, it is what was meant.
+
+        Raises:
+            DamagedCheckpoint, OSError: as `fill`.
+        """
+        with self._checked() as (source, digest):
+            spans = [Span(held.size_bytes, chunks=chunks.get(key, ())) for key, held in self.held.items()]
+            yield from stream(source, spans, digest)
+
+    def is_same(self, source: Source, digest: Hash) -> bool:
+        """Whether ``source``, of the file, begins with the header that was read. That is in ``digest`` then."""
         header = bytearray(self.header_bytes)
+        source.read_into(header)
+        digest.update(header)
+        return source.size_bytes == self._size_bytes and xxhash.xxh3_128_digest(header) == self.header_digest
+
+    @contextmanager
+    def _checked(self) -> Iterator[tuple[Source, Hash]]:
+        """The bytes behind the header; and a digest that is told them, and is right in the end."""
+        digest = xxhash.xxh3_128()
         with self.opened() as source:
-            source.read_into(header)
-            digest.update(header)
-            is_same = source.size_bytes == self._size_bytes and digest.digest() == self.header_digest
-            if is_same:
-                fill(source, [_span(held, targets.get(key, ())) for key, held in self.held.items()], digest)
+            if is_same := self.is_same(source, digest):
+                yield source, digest
         if self._entry is not None and digest.hexdigest() != self._entry.xxh3_128:
             raise DamagedCheckpoint(
                 f"{self._path}: its bytes changed after the commit (the size is right, the xxh3-128 is not)"

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-import xxhash
 from torch import Tensor
 
 from distckpt import strict_json
 from distckpt.errors import DamagedCheckpoint
+from distckpt.formats import Chunk, Piece
 from distckpt.formats.filling import Cut, Span, fill
-from distckpt.formats.hashing import BLOCK_BYTES, CheckedBlocks, digest_of_blocks
+from distckpt.formats.hashing import BLOCK_BYTES, CheckedBlocks, Hash, digest_of_blocks
 from distckpt.formats.safetensors_reading import Held, SafetensorsFile
+from distckpt.formats.streaming import stream
 from distckpt.manifest import FileEntry
-from distckpt.stores import Store
+from distckpt.stores import Source, Store
 
 
 class Wanted(NamedTuple):
@@ -60,31 +62,51 @@ class ShardFile:
             DamagedCheckpoint: naming the file; some targets may have changed.
             OSError: where it cannot be read.
         """
-        header = torch.empty(self._file.header_bytes, dtype=torch.uint8)
-        ranges = [(0, Span(len(header), [header])), *self._ranges(wanted)]
-        error = DamagedCheckpoint(f"{self._path}: its bytes changed after the commit (a block has another xxh3-128)")
-        checked = CheckedBlocks(self._entry.size_bytes, self._blocks, error)
-        with self._file.opened() as source:
-            try:
-                fill(source, self._spans(ranges), checked)
-            except EOFError as ended:
-                raise DamagedCheckpoint(f"{self._path} is shorter than what was committed: {ended}") from ended
-        if xxhash.xxh3_128_digest(header.numpy().tobytes()) != self._file.header_digest:
-            raise DamagedCheckpoint(f"{self._path} changed while it was read")
+        ranges = [self._range(key, begin, held, wanted[key]) for key, begin, held in self._placed(wanted)]
+        with self._checked() as (source, digest):
+            fill(source, self._spans(ranges), digest)
 
-    def _ranges(self, wanted: Mapping[str, Sequence[Wanted]]) -> Iterator[tuple[int, Span]]:
-        """What is to be read behind the header, in the order of the file, and where it begins."""
+    def pieces(self, chunks: Mapping[str, Sequence[Chunk]]) -> Iterator[Piece]:
+        """The elements of the tensors of which chunks are given, each the whole of what lies under its key, in the
+        order of the file. Once that has ended, all blocks that were read are those that were committed.
+
+        Raises:
+            DamagedCheckpoint, OSError: as `fill`.
+        """
+        ranges = [(begin, self._span(key, held, chunks[key])) for key, begin, held in self._placed(chunks)]
+        with self._checked() as (source, digest):
+            yield from stream(source, self._spans(ranges), digest)
+
+    @contextmanager
+    def _checked(self) -> Iterator[tuple[Source, Hash]]:
+        """The bytes behind the header; and a digest that is told them, and raises where a block is another."""
+        error = DamagedCheckpoint(f"{self._path}: its bytes changed after the commit (a block has another xxh3-128)")
+        digest = CheckedBlocks(self._entry.size_bytes, self._blocks, error)
+        with self._file.opened() as source:
+            if not self._file.is_same(source, digest):
+                raise DamagedCheckpoint(f"{self._path} changed while it was read")
+            yield source, digest
+
+    def _placed(self, keys: Collection[str]) -> Iterator[tuple[str, int, Held]]:
+        """Of these, those that have elements, in the order of the file: where each begins, and what is there."""
         end = self._file.header_bytes
-        left = set(wanted)
+        left = set(keys)
         for key, held in self.held.items():
             begin, end = end, end + held.size_bytes
-            if key in wanted and held.size_bytes:
+            if key in left:
                 left.discard(key)
-                yield self._range(key, begin, held, wanted[key])
-            elif key in wanted:
-                left.discard(key)
+                if held.size_bytes:
+                    yield key, begin, held
         if left:
             raise DamagedCheckpoint(f"{self._path} does not hold {ascii(min(left))[:80]}, as the manifest says it does")
+
+    def _span(self, key: str, held: Held, chunks: Sequence[Chunk]) -> Span:
+        for one in chunks:
+            is_it = one.standing.dtype is held.dtype and one.sizes == held.shape
+            is_it_in_bytes = held.dtype is torch.uint8 and one.standing.nbytes == held.size_bytes
+            if not (is_it or is_it_in_bytes):
+                raise DamagedCheckpoint(f"{self._path}: {ascii(key)[:80]} is not what the manifest says it is")
+        return Span(held.size_bytes, chunks=chunks)
 
     def _range(self, key: str, begin: int, held: Held, wanted: Sequence[Wanted]) -> tuple[int, Span]:
         shape = held.shape
@@ -110,8 +132,8 @@ class ShardFile:
         return begin, Span((last - first) * row_bytes, targets, cuts, held.dtype, read)
 
     def _spans(self, ranges: Sequence[tuple[int, Span]]) -> Iterator[Span]:
-        """The ranges, and what lies around them in the same blocks; other blocks are skipped."""
-        at = 0
+        """The ranges, and what lies around them in the same blocks; other blocks are skipped. The header was read."""
+        at = self._file.header_bytes
         for begin, span in ranges:
             yield from self._gap(at, begin)
             yield span

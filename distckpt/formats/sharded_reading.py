@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from distckpt import layout, strict_json
 from distckpt.errors import DamagedCheckpoint
-from distckpt.formats import Snapshot
+from distckpt.formats import Chunk, Piece, Snapshot
 from distckpt.formats import tree as trees
 from distckpt.formats.boxes import Ints, fault, overlaps
 from distckpt.formats.merging import merged
@@ -22,6 +22,7 @@ from distckpt.formats.safetensors_file import DTYPES_BY_NAME
 from distckpt.formats.shard_file import ShardFile, Wanted
 from distckpt.formats.shards import boxes_of, narrowed, view_of
 from distckpt.formats.stand_ins import stand_in
+from distckpt.formats.streaming import all_of
 from distckpt.formats.tree import Reference
 from distckpt.manifest import Manifest, TensorGroup, digest
 from distckpt.stores import Store
@@ -112,6 +113,24 @@ class OpenedSharded:
                 wanted[file][key].append(one)
         for file in sorted(wanted):
             self._file(file).fill(wanted[file])
+
+    def pieces(self, standing: Sequence[Tensor]) -> Iterator[Piece]:
+        """See `distckpt.formats.Opened.pieces`. Each file is read once, however many ranks there were."""
+        chunks: defaultdict[str, defaultdict[str, list[Chunk]]] = defaultdict(lambda: defaultdict(list))
+        for one in standing:
+            own_file, key = self._places[id(one)]
+            for file, chunk in [(own_file, all_of(one))] if own_file else self._chunks(key, one):
+                chunks[file][key].append(chunk)
+        for file in sorted(chunks):
+            yield from self._file(file).pieces(chunks[file])
+
+    def _chunks(self, key: str, standing: Tensor) -> Iterable[tuple[str, Chunk]]:
+        """Where the parts of a tensor of the job lie."""
+        lies = self._layouts[key]
+        parts = lies.chunks_in((0,) * len(lies.shape), lies.shape)
+        if lies.dtype is not standing.dtype or lies.shape != standing.shape:  # its bytes are those of another dtype
+            return [(part.file, all_of(standing)) for part in parts]
+        return [(part.file, Chunk(standing, part.begins, part.shared)) for part in parts]
 
     def _wanted(self, file: str, key: str, target: Tensor) -> Iterable[tuple[str, str, Wanted]]:
         if file:

@@ -21,6 +21,7 @@ from distckpt.catalog import Catalog, read_manifest
 from distckpt.errors import DamagedCheckpoint, NewerVersion
 from distckpt.formats import Snapshot
 from distckpt.formats.known import get_format
+from distckpt.formats.streaming import runs
 from distckpt.layout import CLAIM, MANIFEST
 from distckpt.manifest import Manifest, Record, digest
 from distckpt.progress import Progress
@@ -192,6 +193,23 @@ def test_what_is_to_be_read_stands_there_with_its_type_and_shape(committed):
     model = opened.snapshot.shared["model"]
     told = {key: (one.dtype, one.shape) for key, one in model.items()}
     assert told == {key: (one.dtype, one.shape) for key, one in shared_state()["model"].items()}
+
+
+def test_what_is_asked_for_comes_in_pieces_each_element_once(committed):
+    opened = committed.format.open(committed.store, committed.record.name, committed.manifest, 0, None)
+    state, expected = opened.snapshot.shared, shared_state()
+    told = [(state["model"][key], expected["model"][key]) for key in expected["model"]]
+    told += [(state["ema"][key], expected["ema"][key]) for key in expected["ema"]]
+    told.append((state["optimizer"]["state"][0]["exp_avg"], expected["optimizer"]["state"][0]["exp_avg"]))
+    found = {id(standing): torch.zeros(tensor.numel(), dtype=tensor.dtype) for standing, tensor in told}
+    counts = dict.fromkeys(found, 0)
+    for piece in opened.pieces([standing for standing, _ in {id(one): (one, two) for one, two in told}.values()]):
+        counts[id(piece.chunk.standing)] += len(piece.elements)
+        for at, begin, count in runs(piece):
+            found[id(piece.chunk.standing)][at : at + count] = piece.elements[begin : begin + count]
+    for standing, tensor in told:
+        assert counts[id(standing)] == tensor.numel()
+        assert torch.equal(found[id(standing)].view(tensor.shape), tensor)
 
 
 # What is on the disk
