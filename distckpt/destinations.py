@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from distckpt.formats.shards import is_spread, local_of
+from distckpt.formats.shards import cut_like, is_spread, local_of
 from distckpt.formats.stand_ins import NewMemory, is_stand_in
 
 _PLAIN = (Tensor, nn.Parameter)
@@ -56,8 +55,8 @@ class IntoModule:
             self._module.load_state_dict(self._state, strict=False)
 
     def _new(self, found: Any, live: Any) -> Any:
-        if is_stand_in(found) and isinstance(live, Tensor) and is_spread(live):
-            return self._memory.take(found, like=live)
+        if isinstance(found, Tensor) and isinstance(live, Tensor) and is_spread(live):
+            return self._memory.take(found, like=live) if is_stand_in(found) else cut_like(found, live)
         return self._memory.replaced(found)
 
     def _is_live(self, key: str, tensor: Tensor, found: Tensor) -> bool:
@@ -72,30 +71,25 @@ class IntoModule:
         return self._taken.setdefault(address, found) is found or not local_of(tensor).numel()
 
 
-def take_beside(optimizer: torch.optim.Optimizer, saved: Any, memory: NewMemory) -> None:
-    """What ``load_state_dict`` of ``optimizer`` would move to the devices of its parameters has its ``memory`` there.
+def take_like(live: Any, saved: Any, memory: NewMemory) -> None:
+    """What ``saved`` has where ``live``, a tree of the same form, has a tensor that is spread over ranks, has
+    ``memory`` that is spread alike."""
+    if isinstance(saved, Tensor):
+        if is_stand_in(saved) and isinstance(live, Tensor) and is_spread(live):
+            memory.take(saved, like=live)
+    elif isinstance(saved, dict) and isinstance(live, dict):
+        for key, one in saved.items():
+            take_like(live.get(key), one, memory)
+    elif isinstance(saved, (list, tuple)) and isinstance(live, (list, tuple)):
+        for here, there in zip(live, saved, strict=False):
+            take_like(here, there, memory)
 
-    ``saved`` has as many parameters as ``optimizer``.
-    """
-    here = chain.from_iterable(group["params"] for group in optimizer.param_groups)
-    there = chain.from_iterable(group["params"] for group in saved["param_groups"])
-    for index, parameter in zip(there, here, strict=True):
-        for name, value in saved["state"].get(index, {}).items():
-            if is_stand_in(value) and name != "step":  # which stays on the host, unless the optimizer moves it
-                like = optimizer.state.get(parameter, {}).get(name, parameter)
-                memory.take(value, device=parameter.device, like=like)
 
-
-class Positions(list[int]):
-    """The numbers of the parameters of one group: torch looks each of its moments up in them, which in a list of
-    thousands takes longer than to load all else."""
-
-    def __init__(self, numbers: Iterable[int]) -> None:
-        super().__init__(numbers)
-        self._known = frozenset(self)
-
-    def __contains__(self, number: object) -> bool:
-        return number in self._known
+def has_stand_ins(value: Any) -> bool:
+    """Whether a tensor in ``value`` is still to be read."""
+    if isinstance(value, dict):
+        return any(map(has_stand_ins, value.values()))
+    return any(map(has_stand_ins, value)) if isinstance(value, (list, tuple)) else is_stand_in(value)
 
 
 def _live_tensors(module: nn.Module) -> tuple[dict[str, Tensor], bool]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from distckpt import rng
-from distckpt.destinations import IntoModule, Positions, take_beside
+from distckpt.destinations import IntoModule, has_stand_ins, take_like
 from distckpt.errors import StateMismatch
 from distckpt.formats import Snapshot
-from distckpt.formats.stand_ins import NewMemory
+from distckpt.formats.stand_ins import NewMemory, is_stand_in
 from distckpt.manifest import Record
-from distckpt.optimizers import by_number, is_by_name
+from distckpt.optimizer_destinations import IntoOptimizer
+from distckpt.optimizers import Member, by_number, is_by_name
 from distckpt.selection import Selection
 from distckpt.state import RNG, Parts
 from distckpt.wrappers import canonical_keys
@@ -33,33 +34,45 @@ class Report:
 
     Attributes:
         in_place: those of ``loaded`` that are read straight into live tensors.
+        unplaced: what of the checkpoint has no place here; each with a word about what there is instead.
+        differing: values of a group of an optimizer of which its parameters had several.
+        kept: values of a group that the checkpoint has none of, so that it keeps its own.
     """
 
     loaded: list[str] = field(default_factory=list)
     in_place: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
-    unexpected: list[str] = field(default_factory=list)
+    unplaced: dict[str, str] = field(default_factory=dict)
     wrong_shape: list[str] = field(default_factory=list)
+    differing: list[str] = field(default_factory=list)
     converted: list[str] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
 
     @property
+    def has_all(self) -> bool:
+        """Whether all that is here is in the checkpoint, and fits."""
+        return not (self.missing or self.wrong_shape or self.differing)
+
+    @property
     def is_whole(self) -> bool:
-        return not (self.missing or self.unexpected or self.wrong_shape)
+        return self.has_all and not self.unplaced
 
     @property
     def inexact(self) -> set[str]:
         """The parts that are not, whole, what they were in the checkpoint."""
-        names = (*self.missing, *self.wrong_shape, *self.converted, *self.left)
+        names = (*self.missing, *self.wrong_shape, *self.differing, *self.converted, *self.kept, *self.left)
         return {re.split("[ .]", name, maxsplit=1)[0] for name in names}
 
     def __str__(self) -> str:
         lines = [f"{len(self.loaded)} loaded"]
         for title, names in (
             ("missing in the checkpoint", self.missing),
-            ("in the checkpoint alone", self.unexpected),
+            ("in the checkpoint alone", [f"{name}{near}" for name, near in self.unplaced.items()]),
             ("of another shape", self.wrong_shape),
+            ("of which there were several", self.differing),
             ("converted", self.converted),
+            ("not in the checkpoint, so they are as they were", self.kept),
         ):
             if names:
                 more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
@@ -74,6 +87,7 @@ class Matched:
     Attributes:
         ready: what puts each part in, once the targets are filled.
         targets: stand-ins, and the tensors that they are read into: live ones, and new ones that ``ready`` puts in.
+        is_strict: whether anything that is missing, misshapen, or has no place on any rank is an error.
     """
 
     parts: Parts
@@ -81,6 +95,28 @@ class Matched:
     targets: Sequence[tuple[Tensor, Tensor]]
     rng_state: Mapping[str, Any] | None
     report: Report
+    is_strict: bool
+
+    @property
+    def unplaced(self) -> Sequence[str]:
+        """See `distckpt.restoring.Fitted`."""
+        return list(self.report.unplaced)
+
+    @property
+    def is_fit(self) -> bool:
+        """See `distckpt.restoring.Fitted`."""
+        return self.report.has_all or not self.is_strict
+
+    def judge(self, unplaced: Collection[str]) -> None:
+        """See `distckpt.restoring.Fitted`."""
+        known = frozenset(unplaced)
+        for name in [name for name in self.report.unplaced if name not in known]:
+            del self.report.unplaced[name]
+        if self.is_strict and not self.report.is_whole:
+            raise StateMismatch(
+                f"the checkpoint does not fit: {self.report}. Nothing of it was put in. Use only=, exclude= or rename= "
+                "to say what is meant, or strict=False to take what fits"
+            )
 
     def exactness(self, record: Record) -> str:
         """How exact a resume from ``record`` is, in one line for people."""
@@ -91,7 +127,7 @@ class Matched:
         told = f"resumed {record.name} (step {record.progress.step}, epoch {record.progress.epoch})"
         told += f"  exact: {', '.join(whole) or 'nothing'}"
         told += f"  not exact: {', '.join(rest)}" if rest else ""
-        return told if report.is_whole and not report.converted else f"{told}  ({report})"
+        return told if report.is_whole and not (report.converted or report.kept) else f"{told}  ({report})"
 
     def apply(self) -> None:
         """The objects hold the state. The random number generators are set last."""
@@ -104,9 +140,10 @@ class Matched:
 def match(parts: Parts, snapshot: Snapshot, selection: Selection, *, strict: bool, is_same_world: bool) -> Matched:
     """What would be put where. Changes nothing. Takes memory for what is not read into live tensors.
 
+    `Matched.judge` is to be asked whether it fits, once it is known what other ranks have a place for.
+
     Raises:
-        StateMismatch: with the whole report, if ``strict`` and anything is missing, unexpected or misshapen; or where
-            ``selection`` cannot be what is meant.
+        StateMismatch: where ``selection`` cannot be what is meant, or a part is of another kind.
     """
     report = Report()
     memory = NewMemory()
@@ -126,43 +163,78 @@ def match(parts: Parts, snapshot: Snapshot, selection: Selection, *, strict: boo
             ready[name] = into[-1].put_in
         elif word := selection.word_for_keys_of(name):
             raise StateMismatch(f"{word}= names keys of {name}, which is no module: it is taken whole or not at all")
-        elif isinstance(part, torch.optim.Optimizer) and is_by_name(saved[name]):
-            state, wrong = by_number(saved[name], part, parts.names_in(part))
-            report.wrong_shape += [f"{name}: {one}" for one in wrong]
-            ready[name] = partial(part.load_state_dict, _loadable(part, state, memory))
-            report.loaded.append(name)
-        elif misfit := _misfit(name, part, saved[name]):
-            report.wrong_shape.append(misfit)
+        elif isinstance(part, torch.optim.Optimizer):
+            if (
+                one := _match_optimizer(name, part, parts.members_in(part), snapshot, selection, report, memory)
+            ) is not None:
+                ready[name] = one.put_in
+                report.loaded.append(name)
         else:
-            ready[name] = partial(part.load_state_dict, _loadable(part, saved[name], memory))
+            if has_stand_ins(saved[name]):
+                take_like(part.state_dict(), saved[name], memory)
+            ready[name] = partial(part.load_state_dict, memory.replaced(saved[name]))
             report.loaded.append(name)
-    report.unexpected += [
-        f"{name} (the whole part)"
-        for name in saved
-        if name not in parts.shared and name not in parts.own and selection.takes_part(name)
-    ]
-    if strict and not report.is_whole:
-        raise StateMismatch(
-            f"the checkpoint does not fit: {report}. Nothing of it was put in. Use only=, exclude= or rename= to say "
-            "what is meant, or strict=False to take what fits"
-        )
+    for name in saved:
+        if name not in parts.shared and name not in parts.own and selection.takes_part(name):
+            report.unplaced[f"{name} (the whole part)"] = ""
     has_rng = is_same_world and RNG in snapshot.own and selection.takes_part(RNG)
     if selection.only is not None and report.is_whole and not report.loaded and not has_rng:
         raise StateMismatch(f"only= takes nothing: {', '.join(selection.only)}; there are {', '.join(live)}")
     rng_state = snapshot.own[RNG] if has_rng else None
     targets = [*(pair for one in into for pair in one.targets), *memory.targets]
-    return Matched(parts, ready, targets, rng_state, report)
+    return Matched(parts, ready, targets, rng_state, report, strict)
 
 
-def _loadable(part: Any, saved: Any, memory: NewMemory) -> Any:
-    """What ``load_state_dict`` of ``part`` is to be given."""
-    if not isinstance(part, torch.optim.Optimizer):
-        return memory.replaced(saved)
-    take_beside(part, saved, memory)
-    state = memory.replaced(saved)
-    for group in state["param_groups"]:
-        group["params"] = Positions(group["params"])
-    return state
+def _match_optimizer(
+    name: str,
+    optimizer: torch.optim.Optimizer,
+    members: Sequence[Member],
+    snapshot: Snapshot,
+    selection: Selection,
+    report: Report,
+    memory: NewMemory,
+) -> IntoOptimizer | None:
+    """What goes into it, or None where it is of other groups."""
+    saved: Any = snapshot.shared.get(name, snapshot.own.get(name))
+    placements = None
+    if is_by_name(saved):
+        numbered = by_number(_with_names(saved, selection), optimizer, members)
+        state, placements = numbered.state, numbered.placements
+        report.missing += [f"{name}.{one}{_nearest(one, numbered.unexpected)}" for one in numbered.missing[:_SHOWN]]
+        report.missing += [f"{name}.{one}" for one in numbered.missing[_SHOWN:]]
+        report.unplaced |= {f"{name}.{one}": "" for one in numbered.unexpected}
+        report.differing += [f"{name}.{one}" for one in numbered.differing]
+        report.kept += [f"{name}.{one}" for one in numbered.kept]
+    elif misfit := _misfit(name, optimizer, saved):
+        report.wrong_shape.append(misfit)
+        return None
+    else:
+        state = saved
+    there = [snapshot.shared.get(one.part, {}).get(one.key) for one in members]
+    dtypes = [one.dtype if isinstance(one, Tensor) else None for one in there]
+    try:
+        into = IntoOptimizer(optimizer, state, memory, placements, dtypes)
+    except ValueError as error:
+        raise StateMismatch(f"{name}: {error}") from error
+    report.converted += [
+        f"{name}.{members[nth].name} (its parameter has another type than it had)" for nth in into.converted
+    ]
+    return into
+
+
+def _with_names(saved: dict[str, Any], selection: Selection) -> dict[str, Any]:
+    """The state of an optimizer by the names that parameters have here."""
+    if not selection.rename:
+        return saved
+    groups = [
+        {**group, "params": [selection.renamed(one) for one in group["params"]]}
+        for group in saved["param_groups"].values()
+    ]
+    renamed = {"param_groups": {group["params"][0]: group for group in groups if group["params"]}}
+    for key in ("state", "placements"):
+        if key in saved:
+            renamed[key] = {selection.renamed(name): one for name, one in saved[key].items()}
+    return saved | renamed
 
 
 def _match_module(
@@ -175,6 +247,11 @@ def _match_module(
     found = _without_foreign_prefix(_renamed(name, saved, selection), set(keys.values()))
     into = IntoModule(module, live, memory)
     for key, canonical in keys.items():
+        if is_stand_in(live[key]) and selection.takes(name, canonical):
+            raise StateMismatch(
+                f"{name}.{canonical} is on the meta device, where nothing can be put: call to_empty(device=...) of the "
+                "model before, and make its optimizer after that"
+            )
         if not selection.takes(name, canonical):
             report.left.append(f"{name}.{canonical}")
         elif canonical not in found:
@@ -193,8 +270,8 @@ def _match_module(
                 report.converted.append(f"{name}.{canonical} ({there} there, {here} here)")
     known = set(keys.values())
     unexpected = [key for key in found if key not in known and selection.takes(name, key)]
-    report.unexpected += [f"{name}.{key}{_nearest(key, known)}" for key in unexpected[:_SHOWN]]
-    report.unexpected += [f"{name}.{key}" for key in unexpected[_SHOWN:]]
+    for nth, key in enumerate(unexpected):
+        report.unplaced[f"{name}.{key}"] = _nearest(key, known) if nth < _SHOWN else ""
     return into
 
 
@@ -207,12 +284,12 @@ def _renamed(name: str, saved: dict[str, Any], selection: Selection) -> dict[str
     return renamed
 
 
-def _misfit(name: str, part: Any, saved: Any) -> str:
-    if isinstance(part, torch.optim.Optimizer):
-        here = [len(group["params"]) for group in part.param_groups]
-        there = [len(group["params"]) for group in saved.get("param_groups", [])] if isinstance(saved, dict) else []
-        if here != there:
-            return f"{name} (groups of {there} parameters there, of {here} here)"
+def _misfit(name: str, part: torch.optim.Optimizer, saved: Any) -> str:
+    here = [len(group["params"]) for group in part.param_groups]
+    groups = saved.get("param_groups") if isinstance(saved, dict) else None
+    there = [len(group["params"]) for group in groups] if isinstance(groups, list) else []
+    if here != there or not isinstance(saved.get("state"), dict):
+        return f"{name} (groups of {there} parameters there, of {here} here)"
     return ""
 
 

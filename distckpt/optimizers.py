@@ -2,104 +2,237 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from distckpt.formats.placements import describe
+from distckpt.formats.shards import is_spread
 from distckpt.wrappers import canonical_keys
 
 _STATE, _GROUPS, _PARAMS = "state", "param_groups", "params"
+_PLACEMENTS = "placements"
+_OF_PARAMETERS = (_PARAMS, "param_names")  # what a group says of its parameters, and not of itself
 
 
-def parameter_names(optimizer: Optimizer, modules: Mapping[str, nn.Module]) -> list[str]:
-    """What each parameter of ``optimizer`` is called, in the order of its groups: as in the module that has it, with
-    the name of that part of the state before it where several do. One that no module has is called by its number."""
-    ours = [parameter for group in optimizer.param_groups for parameter in group[_PARAMS]]
-    wanted = {id(parameter) for parameter in ours}
-    found: dict[int, tuple[str, str]] = {}
+@dataclass(frozen=True)
+class Member:
+    """A parameter of an optimizer.
+
+    Attributes:
+        name: what it is called, see `members_of`.
+        others: what it may be called in a checkpoint of a program that ties or groups parameters otherwise.
+        part, key: where the state of modules has it; empty where none has.
+    """
+
+    name: str
+    others: Sequence[str] = ()
+    part: str = ""
+    key: str = ""
+
+
+def members_of(optimizer: Optimizer, modules: Mapping[str, nn.Module]) -> list[Member]:
+    """The parameters of ``optimizer``, in the order of its groups.
+
+    Each is called as in the module that has it, by the first of its names there, with the name of that part of the
+    state before it where the optimizer has parameters of several. One that no module has is called by its number.
+    """
+    ours = list(live_parameters(optimizer))
+    wanted = {id(one) for one in ours}
+    found: dict[int, list[tuple[str, str]]] = {}
     for part, module in modules.items():
-        names = {key: one for key, one in module.named_parameters() if id(one) in wanted}
+        names = {key: id(one) for key, one in module.named_parameters(remove_duplicate=False) if id(one) in wanted}
         for key, canonical in canonical_keys(module, names).items():
-            found.setdefault(id(names[key]), (part, canonical))
-    is_one = len({part for part, _ in found.values()}) == 1
-    return [
-        f"unnamed.{number}" if (name := found.get(id(one))) is None else name[1] if is_one else ".".join(name)
-        for number, one in enumerate(ours)
-    ]
+            found.setdefault(names[key], []).append((part, canonical))
+    has_one_part = len({places[0][0] for places in found.values()}) == 1
+    # Without its part, the same name may be that of several.
+    times = Counter(key for places in found.values() for key in {key for _, key in places})
+    return [_member(nth, found.get(id(one), ()), times, has_one_part=has_one_part) for nth, one in enumerate(ours)]
 
 
-def by_name(state: Any, names: list[str]) -> Any:
-    """The ``state_dict`` of an optimizer, with names where it has numbers. What has another form is left as it is."""
+def _member(nth: int, places: Sequence[tuple[str, str]], times: Mapping[str, int], *, has_one_part: bool) -> Member:
+    if not places:
+        return Member(f"unnamed.{nth}")
+    part, key = places[0]
+    full = [f"{part}.{key}" for part, key in places]
+    short = [key for _, key in places if times[key] == 1]
+    name = key if has_one_part else full[0]
+    return Member(name, [other for other in dict.fromkeys((*short, *full)) if other != name], part, key)
+
+
+def by_name(state: Any, optimizer: Optimizer, members: Sequence[Member]) -> Any:
+    """The ``state_dict`` of ``optimizer``, with names where it has numbers: of parameters; and of groups, which are
+    called like the first parameter in them, so that those of other ranks are others. What has another form is left as
+    it is.
+
+    Where parameters are spread over ranks, it says how their state is that is not spread like them.
+    """
     if not _has_form(state):
         return state
     numbers = list(chain.from_iterable(group[_PARAMS] for group in state[_GROUPS]))
-    if len(numbers) != len(names):
+    if len(numbers) != len(members):
         return state
-    name_of = dict(zip(numbers, names, strict=True))
-    return {
-        **state,
-        _STATE: {name_of.get(key, key): one for key, one in state[_STATE].items()},
-        _GROUPS: [{**group, _PARAMS: [name_of[one] for one in group[_PARAMS]]} for group in state[_GROUPS]],
-    }
+    name_of = {number: member.name for number, member in zip(numbers, members, strict=True)}
+    named = {name_of.get(key, key): one for key, one in state[_STATE].items()}
+    groups = {}
+    for nth, group in enumerate(state[_GROUPS]):
+        inside = [name_of[one] for one in group[_PARAMS]]
+        values = {key: value for key, value in group.items() if key not in _OF_PARAMETERS}
+        groups[inside[0] if inside else _empty(nth)] = {**values, _PARAMS: inside}
+    told = _placements(named, optimizer, members)
+    return {**state, _STATE: named, _GROUPS: groups} | ({} if told is None else {_PLACEMENTS: told})
 
 
 def is_by_name(state: Any) -> bool:
     """Whether that is what `by_name` makes."""
-    return _has_form(state) and all(type(one) is str for group in state[_GROUPS] for one in group[_PARAMS])
+    if not isinstance(state, dict) or not isinstance(state.get(_STATE), dict):
+        return False
+    groups = state.get(_GROUPS)
+    return isinstance(groups, dict) and all(map(_is_group, groups.values()))
 
 
-def by_number(saved: Any, optimizer: Optimizer, names: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """What ``load_state_dict`` of ``optimizer`` is to be given; and what of it does not fit, for people.
+@dataclass
+class Numbered:
+    """What `by_number` makes.
+
+    Attributes:
+        state: what ``load_state_dict`` is to be given.
+        placements: by the number of a parameter, how its state is spread that is not spread like it; ``None`` where
+            the parameters were not spread.
+        missing: parameters that the checkpoint has in no group.
+        unexpected: parameters of the checkpoint that there are none of here.
+        differing: values of a group of which its parameters had several: it keeps its own.
+        kept: values of a group that the checkpoint has none of: it keeps its own.
+    """
+
+    state: dict[str, Any]
+    placements: Mapping[int, Mapping[str, Sequence[str]]] | None = None
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    differing: list[str] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
+
+
+def by_number(saved: Any, optimizer: Optimizer, members: Sequence[Member]) -> Numbered:
+    """What ``optimizer`` is to be given of ``saved``, which is `by_name`.
 
     Groups may be others than those that were saved: the values of a group are those that all of its parameters had.
     """
-    group_of = {name: group for group in saved[_GROUPS] for name in group[_PARAMS]}
-    wrong: list[str] = []
+    group_of = {name: group for group in saved[_GROUPS].values() for name in group[_PARAMS]}
+    names = [_called(member, group_of) for member in members]
+    numbered = Numbered({})
     groups: list[dict[str, Any]] = []
     number = 0
-    for live in optimizer.param_groups:
-        mine = names[number : number + len(live[_PARAMS])]
-        wrong += [f"{name} (in no group)" for name in mine if name not in group_of]
-        values, differing = _values_of([group_of[name] for name in mine if name in group_of])
-        wrong += [f"{key} of the group of {mine[0]}, whose parameters had several" for key in differing]
-        kept = {key: value for key, value in live.items() if key != _PARAMS}
-        groups.append({**kept, **values, _PARAMS: list(range(number, number + len(mine)))})
-        number += len(mine)
-    known = set(names)
-    wrong += [f"{name} (not there any more)" for name in group_of if name not in known]
-    state = {nth: saved[_STATE][name] for nth, name in enumerate(names) if name in saved[_STATE]}
-    state |= {key: one for key, one in saved[_STATE].items() if not isinstance(key, str)}
-    return {**saved, _STATE: state, _GROUPS: groups}, wrong
+    for nth, live in enumerate(optimizer.param_groups):
+        inside = range(number, number + len(live[_PARAMS]))
+        known = {name: group_of[name] for one in inside if (name := names[one]) in group_of}
+        if not inside and (empty := saved[_GROUPS].get(_empty(nth))) is not None:
+            known = {_empty(nth): empty}
+        called = members[number].name if inside else _empty(nth)
+        groups.append({**_values(live, known, called, numbered), _PARAMS: [*inside]})
+        number += len(inside)
+    numbered.missing = [member.name for member, name in zip(members, names, strict=True) if name not in group_of]
+    taken = set(names)
+    numbered.unexpected = [name for name in group_of if name not in taken]
+    found = {nth: saved[_STATE][name] for nth, name in enumerate(names) if name in saved[_STATE]}
+    of_nobody = {key: one for key, one in saved[_STATE].items() if key not in group_of}
+    rest = {key: value for key, value in saved.items() if key != _PLACEMENTS}
+    numbered.state = {**rest, _STATE: found | of_nobody, _GROUPS: groups}
+    if (placements := saved.get(_PLACEMENTS)) is not None:
+        numbered.placements = {nth: placements[name] for nth, name in enumerate(names) if name in placements}
+    return numbered
 
 
-def _values_of(groups: list[dict[str, Any]]) -> tuple[dict[str, Any], list[str]]:
-    """What all of these groups have in common beside their parameters; and the keys of which they have several."""
-    distinct = list({id(group): group for group in groups}.values())
-    if not distinct:
-        return {}, []
-    first = {key: value for key, value in distinct[0].items() if key != _PARAMS}
-    differing = [key for key, value in first.items() if any(not _same(value, one.get(key)) for one in distinct[1:])]
-    return {key: value for key, value in first.items() if key not in differing}, differing
+def live_parameters(optimizer: Optimizer) -> Iterator[Tensor]:
+    """The parameters of ``optimizer``, in the order of its groups."""
+    return chain.from_iterable(group[_PARAMS] for group in optimizer.param_groups)
+
+
+def _called(member: Member, known: Mapping[str, Any]) -> str:
+    return next((name for name in (member.name, *member.others) if name in known), member.name)
+
+
+def _values(
+    live: Mapping[str, Any], known: Mapping[str, Mapping[str, Any]], called: str, numbered: Numbered
+) -> dict[str, Any]:
+    """The values of a group here, whose parameters were in the groups ``known``, by their names."""
+    values = {key: value for key, value in live.items() if key != _PARAMS}
+    if not known:
+        return values
+    groups = list({id(group): (name, group) for name, group in known.items()}.values())
+    first_name, first = groups[0]
+    for key in dict.fromkeys(chain.from_iterable(group for _, group in groups)):
+        if key in _OF_PARAMETERS:
+            continue
+        other = next(((name, one.get(key)) for name, one in groups if not _same(one.get(key), first.get(key))), None)
+        if other is None:
+            values[key] = first[key]
+        else:
+            told = f"{_word(first.get(key))} of {first_name}, {_word(other[1])} of {other[0]}"
+            numbered.differing.append(f"{key} of the group of {called} ({told})")
+    absent = [key for key in values if key not in _OF_PARAMETERS and not any(key in group for _, group in groups)]
+    numbered.kept += [f"{key} of the group of {called}" for key in absent]
+    return values
+
+
+def _word(value: Any) -> str:
+    return "a tensor" if isinstance(value, Tensor) else ascii(value)[:40]
 
 
 def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor) or isinstance(other, Tensor):
-        return one is other
-    return bool(one == other)
+    if one is other:
+        return True
+    try:
+        return not isinstance(one, Tensor) and not isinstance(other, Tensor) and bool(one == other)
+    except (ValueError, RuntimeError):  # arrays, and what has some in it
+        return False
+
+
+def _empty(nth: int) -> str:
+    """The name of a group without parameters, of which only its place is known."""
+    return f"empty.{nth}"
 
 
 def _has_form(state: Any) -> bool:
     if not isinstance(state, dict) or not isinstance(state.get(_STATE), dict):
         return False
     groups = state.get(_GROUPS)
-    return isinstance(groups, list) and all(
-        isinstance(one, dict) and isinstance(one.get(_PARAMS), list) for one in groups
-    )
+    return isinstance(groups, list) and all(map(_is_group, groups))
 
 
-def live_parameters(optimizer: Optimizer) -> Iterator[Tensor]:
-    """The parameters of ``optimizer``, in the order of its groups."""
-    return chain.from_iterable(group[_PARAMS] for group in optimizer.param_groups)
+def _is_group(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get(_PARAMS), list)
+
+
+def _placements(
+    state: Mapping[Any, Any], optimizer: Optimizer, members: Sequence[Member]
+) -> dict[str, dict[str, list[str]]] | None:
+    """How the tensors of ``state`` are spread that are not spread like their parameters; ``None`` where no parameter
+    is spread."""
+    told: dict[str, dict[str, list[str]]] = {}
+    is_any_spread = False
+    for member, parameter in zip(members, live_parameters(optimizer), strict=True):
+        if not is_spread(parameter):
+            continue
+        is_any_spread = True
+        found = {}
+        for path, tensor in tensors_in(state.get(member.name, {})):
+            if is_spread(tensor) != (tensor.shape == parameter.shape):
+                found[path] = describe(tensor)
+        if found:
+            told[member.name] = found
+    return told if is_any_spread else None
+
+
+def tensors_in(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The tensors in the state of one parameter, each with its keys, and its places in lists, with dots between."""
+    if isinstance(value, Tensor):
+        yield path, value
+    elif isinstance(value, (dict, list, tuple)):
+        for key, one in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from tensors_in(one, f"{path}.{key}" if path else str(key))

@@ -15,7 +15,7 @@ from distckpt import layout
 from distckpt.catalog import is_passing, read_manifest, refuse_newer, scan
 from distckpt.errors import DamagedCheckpoint, NewerVersion, NoCheckpoint, StateMismatch
 from distckpt.formats import Format, Opened, Snapshot
-from distckpt.manifest import Record
+from distckpt.manifest import Record, digest
 from distckpt.ranks import Json, Ranks, from_leader, is_leader, together
 from distckpt.stores import Store
 
@@ -33,6 +33,25 @@ class Fitted(Protocol):
     @property
     def targets(self) -> Sequence[tuple[Tensor, Tensor]]:
         """What is to be read, and where it goes; see `distckpt.formats.Opened.fill`."""
+        ...
+
+    @property
+    def unplaced(self) -> Sequence[str]:
+        """What of the checkpoint has no place on this rank. Others may have one for it: those of another pipeline
+        stage."""
+        ...
+
+    @property
+    def is_fit(self) -> bool:
+        """Whether `judge` would raise nothing, were there nothing unplaced."""
+        ...
+
+    def judge(self, unplaced: Collection[str]) -> None:
+        """It is known that no rank has a place for these.
+
+        Raises:
+            StateMismatch: where the checkpoint does not fit, of that or of anything else.
+        """
         ...
 
     def apply(self) -> None:
@@ -153,9 +172,35 @@ def _candidates(store: Store, name: str | None) -> Json:
 
 def _match(ranks: Ranks, one: _Candidate[F], mixed: str) -> None:
     try:
-        together(ranks, f"match of {one.name} with the state", one.fit)
+        one.fitted = fit_together(ranks, f"match of {one.name} with the state", one.fit)
     except StateMismatch as error:
         raise StateMismatch(f"{error}{mixed}") from error
+
+
+def fit_together(ranks: Ranks, during: str, fit: Callable[[], F]) -> F:
+    """What ``fit`` returned on this rank; all ranks know that it fits. Collective. Where all is placed, they agree
+    once.
+
+    Raises:
+        StateMismatch: on every rank, where it does not fit one, or none has a place for something.
+        RankFailure: on every rank, where one failed otherwise.
+    """
+    found: list[F] = []
+
+    def look() -> Json:
+        found.append(fit())
+        return [found[0].is_fit, digest("\n".join(found[0].unplaced).encode()) if found[0].unplaced else ""]
+
+    told = together(ranks, during, look)
+    (fitted,) = found
+    digests = [of for _, of in told]
+    if any(digests) or not all(is_fit for is_fit, _ in told):
+        # Of those that tell the same, one says what it is: ranks of one stage are many.
+        is_mine = all(digests) and digests.index(digests[ranks.rank]) == ranks.rank
+        names = [one for one in together(ranks, during, lambda: [*fitted.unplaced] if is_mine else None) if one]
+        nowhere = set(names[0]).intersection(*names[1:]) if names else set()
+        together(ranks, during, lambda: fitted.judge(nowhere))
+    return fitted
 
 
 def _faults(ranks: Ranks, during: str, work: Callable[[], None]) -> dict[int, str]:
@@ -206,8 +251,8 @@ class _Candidate(Generic[F]):
         read = self._get_format(record.format)
         self._opened = read.open(self._store, record.name, manifest, self._rank, self._parts)
 
-    def fit(self) -> None:
-        self.fitted = self._fit(self._opened.snapshot, self.record)
+    def fit(self) -> F:
+        return self._fit(self._opened.snapshot, self.record)
 
     def fill(self) -> None:
         self._opened.fill(self.fitted.targets)

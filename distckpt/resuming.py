@@ -14,6 +14,7 @@ from distckpt.initialising import read_modules
 from distckpt.manifest import Record
 from distckpt.matching import Matched, match
 from distckpt.ranks import Ranks, is_leader, together
+from distckpt.restoring import fit_together
 from distckpt.run import Run
 from distckpt.selection import Selection
 from distckpt.state import Parts
@@ -64,15 +65,14 @@ def start_from(source: str, ranks: Ranks, parts: Parts, selection: Selection, *,
     read: list[Snapshot] = []
     modules = Parts(parts.modules, per_rank=())
     together(ranks, f"read of {source}", lambda: read.append(read_modules(source, modules, get_format)))
-    fitted: list[Matched] = []
-
-    def lay_beside() -> None:
-        fitted.append(match(modules, read[0], selection, strict=strict, is_same_world=False))
-
-    together(ranks, f"match of {source} with the state", lay_beside)
-    together(ranks, f"load of {source}", fitted[0].apply)
+    fitted = fit_together(
+        ranks,
+        f"match of {source} with the state",
+        lambda: match(modules, read[0], selection, strict=strict, is_same_world=False),
+    )
+    together(ranks, f"load of {source}", fitted.apply)
     if is_leader(ranks):
-        _log.info("started from %s: %s", source, fitted[0].report)
+        _log.info("started from %s: %s", source, fitted.report)
 
 
 def name_of(which: str | int, records: Sequence[Record], metrics: Sequence[Metric]) -> str | None:

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from distckpt import rng
+from distckpt.optimizers import Member, members_of
 from distckpt.optimizers import by_name as named
-from distckpt.optimizers import parameter_names
 from distckpt.wrappers import canonical_keys
 
 RNG = "rng"
@@ -51,9 +51,9 @@ class Parts:
         """The parts that are modules."""
         return {name: part for name, part in self.shared.items() if isinstance(part, nn.Module)}
 
-    def names_in(self, optimizer: torch.optim.Optimizer) -> list[str]:
-        """What its parameters are called; see `distckpt.optimizers.parameter_names`."""
-        return parameter_names(optimizer, self.modules)
+    def members_in(self, optimizer: torch.optim.Optimizer) -> list[Member]:
+        """Its parameters; see `distckpt.optimizers.members_of`."""
+        return members_of(optimizer, self.modules)
 
     def capture_shared(self, *, is_leader: bool, by_name: bool = False) -> dict[str, Any]:
         """The state of the shared parts: references, no copies. Collective for parts whose ``state_dict`` is.
@@ -71,7 +71,7 @@ class Parts:
                     continue
             captured[name] = _state_of(part)
             if by_name and isinstance(part, torch.optim.Optimizer):
-                captured[name] = named(captured[name], self.names_in(part))
+                captured[name] = named(captured[name], part, self.members_in(part))
         return captured
 
     def capture_own(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ _WRAPPED_NAMES = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_modu
 def canonical_keys(module: nn.Module, keys: Iterable[str]) -> dict[str, str]:
     """For each key of ``module``'s state: its name without the prefixes of DDP, torch.compile and other wrappers."""
     wrappers = {}
-    for path, one in module.named_modules():
+    for path, one in module.named_modules(remove_duplicate=False):  # one may be reached by several paths
         for kind, child in _WRAPPED.items():
             if isinstance(one, kind):
                 wrappers[path] = child

@@ -43,6 +43,7 @@ class Standing:
 
 def put_in(matched: Matched, opened: Standing) -> Matched:
     """As a restore does it."""
+    matched.judge(matched.unplaced)
     opened.fill(matched.targets)
     matched.apply()
     return matched

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from standing import Standing, put_in
 from torch import Tensor, nn
 
-from distckpt.destinations import Positions
 from distckpt.formats import Snapshot
 from distckpt.matching import Matched, match
+from distckpt.optimizer_destinations import Positions
 from distckpt.selection import Selection
 from distckpt.state import Parts
 
@@ -127,9 +127,9 @@ def test_a_tensor_of_any_type_shape_and_strides_holds_what_it_would_hold_after_l
 
 @pytest.mark.parametrize(
     "make",
-    [lambda: torch.zeros(2, device="meta"), lambda: torch.zeros(2, dtype=torch.complex64).conj(),
+    [lambda: torch.zeros(2, dtype=torch.complex64).conj(),
      lambda: torch.zeros(2, 2).to_sparse(), lambda: torch._neg_view(torch.zeros(2))],
-    ids=["meta", "conjugate", "sparse", "negative"],
+    ids=["conjugate", "sparse", "negative"],
 )  # fmt: skip
 def test_what_is_no_plain_memory_is_not_read_into(make):
     module = nn.Module()
@@ -297,7 +297,7 @@ def test_an_optimizer_takes_what_was_read_for_its_own_without_a_copy(words, has_
 def test_an_optimizer_is_loaded_without_a_search_for_each_parameter_and_keeps_its_own_list():
     saved, live = trained(torch.optim.AdamW), trained(torch.optim.AdamW)
     found, opened = matched({"o": live}, {"o": saved.state_dict()})
-    (given,) = found.ready["o"].args  # what load_state_dict is given
+    given = found.ready["o"].__self__.state  # what load_state_dict is given
     numbers = given["param_groups"][0]["params"]
     assert isinstance(numbers, Positions) and list(numbers) == [0, 1] and 1 in numbers and 2 not in numbers
     put_in(found, opened)

@@ -94,9 +94,9 @@ class Laid:
 def laid(live: Parts, saved: Snapshot, *, strict: bool = True, is_same_world: bool = True, **words: Any) -> Laid:
     asked = {"only": None, "exclude": None, "rename": None} | words
     opened = OPENED(saved)
-    return Laid(
-        match(live, opened.snapshot, Selection.parse(**asked), strict=strict, is_same_world=is_same_world), opened
-    )
+    matched = match(live, opened.snapshot, Selection.parse(**asked), strict=strict, is_same_world=is_same_world)
+    matched.judge(matched.unplaced)
+    return Laid(matched, opened)
 
 
 def held(parts: Parts) -> str:

@@ -157,6 +157,14 @@ class Into:
         self.targets = [(snapshot.shared["model"][key], tensor) for key, tensor in live.items()]
         self.snapshot = snapshot
         self.is_applied = False
+        self.unplaced: list[str] = []
+        self.is_fit = True
+        self.judged: list[set[str]] = []
+
+    def judge(self, unplaced: set[str]) -> None:
+        self.judged.append(unplaced)
+        if unplaced or not self.is_fit:
+            raise StateMismatch(f"it does not fit: {sorted(unplaced)}")
 
     def apply(self) -> None:
         self.is_applied = True
@@ -288,3 +296,44 @@ def test_what_cannot_be_put_in_on_one_rank_is_raised_on_all(two_saves):
     told = two_saves.restore(fit)
     assert [type(one) for one in told] == [RankFailure] * 2
     assert "load of step-00000002 failed: rank 1: ZeroDivisionError" in str(told[0])
+
+
+# What some ranks have no place for
+
+
+def stages(live: Live, *unplaced: list[str], unfit: int | None = None) -> Callable[[Snapshot, Record], Into]:
+    """Each rank has no place for those of its list."""
+
+    def fit(snapshot: Snapshot, record: Record) -> Into:
+        into = live.fit(snapshot, record)
+        into.unplaced = unplaced[snapshot.own["rng"]["rank"]]
+        into.is_fit = snapshot.own["rng"]["rank"] != unfit
+        return into
+
+    return fit
+
+
+@pytest.mark.parametrize("unplaced", [([], ["b"]), (["a"], ["b"]), (["a", "b"], [])], ids=str)
+def test_what_one_rank_has_a_place_for_is_no_error_on_the_others(two_saves, unplaced):
+    live = Live()
+    assert steps(two_saves.restore(stages(live, *unplaced))) == [2, 2]
+    assert [fit.judged for _, fit in live.fits] == [[set()], [set()]]
+
+
+@pytest.mark.parametrize("unplaced", [(["a", "b"], ["b", "c"]), (["b"], ["b"])], ids=str)
+def test_what_no_rank_has_a_place_for_is_raised_on_all_before_anything_is_read(two_saves, unplaced):
+    live = Live()
+    told = two_saves.restore(stages(live, *unplaced))
+    assert [type(one) for one in told] == [StateMismatch] * 2 and "it does not fit: ['b']" in str(told[1])
+    assert live.steps == [{0.0}, {0.0}]
+
+
+def test_what_does_not_fit_one_rank_otherwise_is_raised_on_all(two_saves):
+    told = two_saves.restore(stages(Live(), [], [], unfit=1))
+    assert [type(one) for one in told] == [StateMismatch] * 2 and "rank 1: it does not fit" in str(told[0])
+
+
+def test_where_all_has_its_place_nobody_is_asked_again(two_saves):
+    live = Live()
+    assert steps(two_saves.restore(stages(live, [], []))) == [2, 2]
+    assert [fit.judged for _, fit in live.fits] == [[], []]

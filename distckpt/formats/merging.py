@@ -9,7 +9,8 @@ from typing import Any
 def merged(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What is in any of ``states``; where several have a value for a key, the first one's. In the order of the first.
 
-    Dicts are merged key by key. Groups of parameters, by the names of the parameters in them.
+    Dicts are merged key by key. Groups of parameters, by the names of the parameters in them: each is in one group, as
+    in the first state that has it.
     """
     first: dict[str, Any] = dict(states[0])
     for other in states[1:]:
@@ -22,7 +23,7 @@ def _with(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in other.items():
         if key not in both:
             both[key] = value
-        elif key == "param_groups" and isinstance(value, list):
+        elif key == "param_groups" and _are_groups(both[key]) and _are_groups(value):
             both[key] = _grouped(both[key], value)
         elif isinstance(value, dict) and isinstance(both[key], dict):
             both[key] = _like(both[key], _with(both[key], value))
@@ -38,11 +39,19 @@ def _like(one: dict[str, Any], both: dict[str, Any]) -> dict[str, Any]:
     return same
 
 
-def _grouped(groups: list[Any], more: list[Any]) -> list[Any]:
+def _are_groups(value: Any) -> bool:
+    """Whether these are groups of parameters by name, see `distckpt.optimizers.by_name`."""
+    return isinstance(value, dict) and all(isinstance(one, dict) and "params" in one for one in value.values())
+
+
+def _grouped(groups: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
     """The groups, and of the others what has names that are in none of these."""
-    known = {name for group in groups for name in group["params"]}
-    found = list(groups)
-    for group in more:
-        if new := [name for name in group["params"] if name not in known]:
-            found.append({**group, "params": new})
+    known = {name for group in groups.values() for name in group["params"]}
+    found = dict(groups)
+    for called, group in more.items():
+        new = [name for name in group["params"] if name not in known]
+        if new:
+            found[new[0]] = {**group, "params": new}
+        elif not group["params"]:
+            found.setdefault(called, group)
     return found

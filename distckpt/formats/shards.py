@@ -209,3 +209,11 @@ def new_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return DTensor.from_local(
         local, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
     )
+
+
+def cut_like(whole: Tensor, tensor: Tensor) -> Tensor:
+    """What this rank has of ``whole``, spread over ranks as ``tensor`` is, which has its shape."""
+    cut = new_like(tensor, whole.dtype)
+    for box in boxes_of(tensor):
+        view_of(cut, box).copy_(narrowed(whole, box.offsets, box.sizes))
+    return cut

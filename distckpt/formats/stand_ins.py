@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -60,6 +60,12 @@ class NewMemory:
             self.targets.append((stand_in, made))
         return made
 
+    def give(self, stand_in: Tensor, tensor: Tensor) -> None:
+        """``tensor``, of its shape and dtype, takes the place of ``stand_in``, unless another does already."""
+        if id(stand_in) not in self._made:
+            self._made[id(stand_in)] = tensor
+            self.targets.append((stand_in, tensor))
+
     def replaced(self, value: Any) -> Any:
         """``value``, a tree as in a snapshot, with tensors in the place of stand-ins."""
         if type(value) in _LEAVES:
@@ -92,6 +98,11 @@ class Whole:
             {name: memory.replaced(part) for name, part in snapshot.own.items()},
         )
         self.targets: Sequence[tuple[Tensor, Tensor]] = memory.targets
+        self.unplaced: Sequence[str] = ()
+        self.is_fit = True
+
+    def judge(self, unplaced: Collection[str]) -> None:
+        """It holds whatever there is."""
 
     def apply(self) -> None:
         """Nothing is left to be done."""
