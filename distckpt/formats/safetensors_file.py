@@ -15,7 +15,6 @@ DTYPES: Mapping[torch.dtype, str] = {
     torch.float8_e5m2: "F8_E5M2",
     torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
     torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
-    torch.float8_e8m0fnu: "F8_E8M0",
     torch.complex64: "C64",
     torch.int64: "I64",
     torch.int32: "I32",
@@ -28,6 +27,11 @@ DTYPES: Mapping[torch.dtype, str] = {
     torch.bool: "BOOL",
 }
 
-DTYPES_BY_NAME: Mapping[str, torch.dtype] = {name: dtype for dtype, name in DTYPES.items()}
+# Files of others have that, too. In ours it would be a word that safetensors.torch does not know: it, and torch's
+# reader of folders, would read nothing of the file that has one such tensor.
+DTYPES_BY_NAME: Mapping[str, torch.dtype] = {
+    **{name: dtype for dtype, name in DTYPES.items()},
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
 
-ITEM_BYTES: Mapping[str, int] = {name: dtype.itemsize for dtype, name in DTYPES.items()}
+ITEM_BYTES: Mapping[str, int] = {name: dtype.itemsize for name, dtype in DTYPES_BY_NAME.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -103,7 +104,8 @@ class ShardFile:
     def _span(self, key: str, held: Held, chunks: Sequence[Chunk]) -> Span:
         for one in chunks:
             is_it = one.standing.dtype is held.dtype and one.sizes == held.shape
-            is_it_in_bytes = held.dtype is torch.uint8 and one.standing.nbytes == held.size_bytes
+            size_bytes = math.prod(one.sizes) * one.standing.itemsize
+            is_it_in_bytes = held.dtype is torch.uint8 and size_bytes == held.size_bytes
             if not (is_it or is_it_in_bytes):
                 raise DamagedCheckpoint(f"{self._path}: {ascii(key)[:80]} is not what the manifest says it is")
         return Span(held.size_bytes, chunks=chunks)

@@ -20,7 +20,7 @@ from distckpt.formats.boxes import Ints, fault, overlaps
 from distckpt.formats.merging import merged
 from distckpt.formats.safetensors_file import DTYPES_BY_NAME
 from distckpt.formats.shard_file import ShardFile, Wanted
-from distckpt.formats.shards import boxes_of, narrowed, view_of
+from distckpt.formats.shards import boxes_of, bytes_of, narrowed, shape_in_bytes, view_of
 from distckpt.formats.stand_ins import stand_in
 from distckpt.formats.streaming import all_of
 from distckpt.formats.tree import Reference
@@ -128,20 +128,16 @@ class OpenedSharded:
         """Where the parts of a tensor of the job lie."""
         lies = self._layouts[key]
         parts = lies.chunks_in((0,) * len(lies.shape), lies.shape)
-        if lies.dtype is not standing.dtype or lies.shape != standing.shape:  # its bytes are those of another dtype
-            return [(part.file, all_of(standing)) for part in parts]
-        return [(part.file, Chunk(standing, part.begins, part.shared)) for part in parts]
+        dims = standing.ndim  # where it lies as bytes, there may be one more, that of the bytes of an element
+        return [(part.file, Chunk(standing, part.begins[:dims], part.shared[:dims])) for part in parts]
 
     def _wanted(self, file: str, key: str, target: Tensor) -> Iterable[tuple[str, str, Wanted]]:
         if file:
             yield file, key, Wanted(None, (), target)
             return
         lies = self._layouts[key]
-        if lies.dtype is not target.dtype or lies.shape != target.shape:  # its bytes are those of another dtype
-            (chunk,) = lies.chunks_in((0,) * len(lies.shape), lies.shape) or (None,)
-            if chunk is not None:
-                yield chunk.file, key, Wanted(None, (), target)
-            return
+        if lies.dtype is not target.dtype:
+            target = bytes_of(target)
         for box in boxes_of(target):
             view = view_of(target, box)
             for chunk in lies.chunks_in(box.offsets, box.sizes):
@@ -183,11 +179,11 @@ class OpenedSharded:
         return self._stand_in("", key, reference, lies.dtype, lies.shape)
 
     def _stand_in(self, file: str, key: str, reference: Reference, dtype: torch.dtype, shape: tuple[int, ...]) -> Any:
-        size_bytes = dtype.itemsize * math.prod(shape)
         if reference.dtype is not None:
+            in_bytes = (torch.uint8, shape_in_bytes(reference.shape, reference.dtype))
+            if (dtype, tuple(shape)) not in ((reference.dtype, tuple(reference.shape)), in_bytes):
+                raise ValueError(f"{ascii(key)[:80]} is {dtype} of {shape}, not {reference.dtype} of {reference.shape}")
             dtype, shape = reference.dtype, reference.shape
-            if math.prod(shape) * dtype.itemsize != size_bytes:
-                raise ValueError(f"{ascii(key)[:80]} has {size_bytes} bytes, no {dtype} of {tuple(shape)}")
         place = (file, key, dtype, tuple(shape))
         if (known := self._stand_ins.get(place)) is None:
             known = self._stand_ins[place] = stand_in(shape, dtype)

@@ -211,6 +211,25 @@ def new_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     )
 
 
+def bytes_of(tensor: Tensor) -> Tensor:
+    """The bytes of ``tensor``, those of each element in a last dimension of their own, if it has several: the same
+    memory, spread over ranks as it is."""
+    local = local_of(tensor).detach().resolve_conj().resolve_neg()
+    seen = (local if tensor.dtype.itemsize == 1 else local.unsqueeze(-1)).view(torch.uint8)
+    if not isinstance(tensor, DTensor):
+        return seen
+    shape = shape_in_bytes(tensor.shape, tensor.dtype)
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(
+        seen, tensor.device_mesh, tensor.placements, run_check=False, shape=torch.Size(shape), stride=stride
+    )
+
+
+def shape_in_bytes(shape: Sequence[int], dtype: torch.dtype) -> Extents:
+    """The shape of `bytes_of` a tensor."""
+    return (*shape, dtype.itemsize) if dtype.itemsize > 1 else tuple(shape)
+
+
 def cut_like(whole: Tensor, tensor: Tensor) -> Tensor:
     """What this rank has of ``whole``, spread over ranks as ``tensor`` is, which has its shape."""
     cut = new_like(tensor, whole.dtype)

@@ -14,6 +14,8 @@ _FINE = 0.005
 
 LEAST_SHARE_BYTES = 1 << 20
 
+_LEAST_CUT_BYTES = 1 << 12  # which it makes no difference who writes; and no element that lies as bytes is cut
+
 
 @dataclass(frozen=True)
 class Group:
@@ -77,7 +79,7 @@ def share(group: Group, sizes: Sequence[tuple[int, ...]], item_bytes: Ints) -> S
     last = np.searchsorted(marks, ends, side="left")
     owners = first.astype(np.int64)
     cuts = {}
-    for item in np.flatnonzero((last > first) & (item_bytes > 0)).tolist():
+    for item in np.flatnonzero((last > first) & (item_bytes >= _LEAST_CUT_BYTES)).tolist():
         if any(extent > 1 for extent in sizes[item]):
             fine = _FINE * total / number
             parts = _cut(sizes[item], int(item_bytes[item]), float(begins[item]), int(first[item]), marks, fine)

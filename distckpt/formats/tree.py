@@ -18,7 +18,7 @@ from torch import Tensor
 
 from distckpt.formats.safetensors_file import DTYPES
 from distckpt.formats.savable import check_savable, identity, is_savable
-from distckpt.formats.shards import local_of
+from distckpt.formats.shards import bytes_of, local_of
 
 _TENSOR = "$tensor"
 _DTYPES = {str(dtype): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
@@ -98,10 +98,8 @@ class _Found:
             self.aliases[key] = known
         elif dtype in DTYPES:
             self.tensors[key] = tensor
-        elif mine is not tensor:
-            raise TypeError(f"{self.where(place)} is spread over ranks and of {dtype}, which cannot be stored so")
         else:  # what safetensors has no word for lies there as plain bytes, and its type here
-            self.tensors[key] = _bytes_of(tensor)
+            self.tensors[key] = bytes_of(tensor)
         return known if dtype in DTYPES else [known, str(dtype), list(tensor.shape)]
 
     def _tied(self, tensor: Tensor, key: str) -> str:
@@ -118,14 +116,6 @@ class _Found:
     def where(self, place: str) -> str:
         """The name of ``place``, for people."""
         return f"{self.path}.{place}" if place else self.path
-
-
-def _bytes_of(tensor: Tensor) -> Tensor:
-    if not tensor.numel():
-        return torch.empty(0, dtype=torch.uint8)
-    plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
-    # A single element may keep any stride, which no view as bytes takes.
-    return plain.as_strided((plain.numel(),), (1,)).view(torch.uint8)
 
 
 def _encode(value: Any, place: str, found: _Found) -> Any:
