@@ -1,76 +1,136 @@
-"""Modules read from whatever a run may start from: a checkpoint, a run's directory, a ``.safetensors``, a ``.pth``."""
+"""Modules found in whatever a run may start from: a checkpoint, of ours or of others, or a file of weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from distckpt import layout
-from distckpt.catalog import read_record
+from torch import Tensor, nn
+
+from distckpt import foreign, layout
+from distckpt.catalog import read_record, scan
 from distckpt.errors import DamagedCheckpoint, NoCheckpoint
 from distckpt.formats import Format, Snapshot
+from distckpt.formats.dcp_native import NativeFolder
+from distckpt.formats.dcp_reading import Folder, OpenedFolder
+from distckpt.formats.dcp_safetensors import SafetensorsFolder
 from distckpt.formats.pth import read_pth
-from distckpt.formats.safetensors_reading import read_tensors
-from distckpt.formats.stand_ins import Whole, read_whole
 from distckpt.manifest import Manifest
-from distckpt.ranks import Solo
-from distckpt.restoring import restore_newest
-from distckpt.state import Parts
+from distckpt.prefixes import BESIDE, assign
+from distckpt.selection import Selection
 from distckpt.stores.local import LocalStore
 
 
-def read_modules(source: str, modules: Parts, get_format: Callable[[str], Format]) -> Snapshot:
-    """The state of the modules in ``source``, in new host memory.
+class Readable(Protocol):
+    """What was opened, and is not read yet; see `distckpt.formats.Opened`."""
 
-    A file of one module's weights is for the only module in ``modules``.
+    snapshot: Snapshot
+
+    def fill(self, targets: Sequence[tuple[Tensor, Tensor]]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Source:
+    """Modules that are ready to be read.
+
+    Attributes:
+        left: what else lies there, by name.
+        unread: what of the modules only unpickling could read, and why.
+    """
+
+    opened: Readable
+    left: Collection[str] = ()
+    unread: Mapping[str, str] = field(default_factory=dict)
+
+
+def committed(source: str) -> tuple[str, str | None] | None:
+    """The run's directory, and the checkpoint in it; ``None`` for its newest. Nothing, where ``source`` is none of ours
+    that is in its place.
 
     Raises:
-        NoCheckpoint: where there is no checkpoint.
-        DamagedCheckpoint: where it is not whole, or not what was committed.
-        ValueError: where a file does not say for which of several modules it is.
+        DamagedCheckpoint, NewerVersion, OSError: where a record cannot be read.
     """
     path = Path(source).resolve()
-    names = list(modules.shared)
+    if not path.is_dir():
+        return None
+    if (path / layout.MANIFEST).exists():
+        try:
+            read_record(LocalStore(path.parent), path.name)
+        except FileNotFoundError:
+            return None  # copied away, or not committed: it proves itself
+        return str(path.parent), path.name
+    listing = scan(LocalStore(path))
+    return (str(path), None) if listing.records or listing.unreadable else None
+
+
+def open_modules(
+    source: str, modules: Mapping[str, nn.Module], selection: Selection, get_format: Callable[[str], Format]
+) -> Source:
+    """The modules in ``source``, which is not `committed`. Names of a foreign checkpoint were found to be theirs as
+    `distckpt.prefixes.assign` says.
+
+    Raises:
+        NoCheckpoint: where there is none.
+        DamagedCheckpoint: where it is not whole, or not what it should be.
+        OSError: where it cannot be read.
+        ValueError: where it does not say for which of several modules it is.
+    """
+    path = Path(source).resolve()
+    wanted = {name: module for name, module in modules.items() if selection.takes_part(name)}
     if path.is_dir() and (path / layout.MANIFEST).exists():
-        return _read_folder(path, names, get_format)
+        return Source(_open_copy(path, list(wanted), get_format))
     if path.is_dir():
-        return _read_run(LocalStore(path), names, get_format, f"{source} holds no committed checkpoint")
+        try:
+            folder = foreign.find(path)
+        except NoCheckpoint as error:
+            raise NoCheckpoint(f"init_from: {error}") from error
+        return _open_foreign(source, folder, wanted, selection)
     if not path.is_file():
         raise NoCheckpoint(f"init_from: {source} is neither a checkpoint nor a file")
-    if len(names) != 1:
-        raise ValueError(f"init_from: {source} is one file, and state has {len(names)} modules: {', '.join(names)}")
-    store = LocalStore(path.parent)
-    weights: Any = read_tensors(store, path.name) if path.suffix == ".safetensors" else _weights(read_pth(path))
-    return Snapshot(shared={names[0]: weights})
+    if len(wanted) > 1:
+        raise ValueError(f"init_from: {source} is one file, and state has {len(wanted)} modules: {', '.join(wanted)}")
+    if path.suffix == ".safetensors":
+        return _open_foreign(source, SafetensorsFolder(LocalStore(path.parent), {path.name: None}), wanted, selection)
+    weights = _weights(read_pth(path))
+    assigned = assign(list(weights), wanted, renamed=selection.renamed)
+    shared = {part: {key: weights[name] for key, name in keys.items()} for part, keys in assigned.names.items()}
+    return Source(_Read(Snapshot(shared)), assigned.left)
 
 
-def _read_folder(path: Path, names: list[str], get_format: Callable[[str], Format]) -> Snapshot:
-    """A checkpoint in its place is bound by its record; one that was copied away proves itself by its manifest."""
+class _Read:
+    """What was read whole when it was opened."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self.snapshot = snapshot
+
+    def fill(self, targets: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Nothing is left to be read."""
+
+
+def _open_copy(path: Path, names: Collection[str], get_format: Callable[[str], Format]) -> Readable:
+    """A checkpoint that was copied away, which proves itself by its manifest."""
     store = LocalStore(path.parent)
+    data = store.read(f"{path.name}/{layout.MANIFEST}")
+    manifest = Manifest.from_json(data, f"{path.name}/{layout.MANIFEST}")
+    return get_format(manifest.format).open(store, path.name, manifest, 0, names)
+
+
+def _open_foreign(source: str, folder: Folder, modules: Mapping[str, nn.Module], selection: Selection) -> Source:
+    names = [*folder.tensors, *folder.values]
+    beside = BESIDE if isinstance(folder, NativeFolder) else ()
     try:
-        read_record(store, path.name)
-    except FileNotFoundError:
-        data = store.read(f"{path.name}/{layout.MANIFEST}")
-        manifest = Manifest.from_json(data, f"{path.name}/{layout.MANIFEST}")
-        return read_whole(get_format(manifest.format).open(store, path.name, manifest, 0, names))
-    return _read_run(store, names, get_format, f"{path.name} is not committed", name=path.name)
+        assigned = assign(names, modules, loose=folder.values, beside=beside, renamed=selection.renamed)
+    except ValueError as error:
+        raise ValueError(f"init_from: {source} {error}") from error
+    opened = OpenedFolder(folder, assigned.names)
+    return Source(opened, assigned.left, opened.unread)
 
 
-def _read_run(
-    store: LocalStore, names: list[str], get_format: Callable[[str], Format], else_told: str, name: str | None = None
-) -> Snapshot:
-    """The newest that verifies, or the one called ``name``."""
-    restored = restore_newest(
-        Solo(), lambda snapshot, _: Whole(snapshot), store=store, get_format=get_format, parts=names, name=name
-    )
-    if restored is None:
-        raise NoCheckpoint(f"init_from: {else_told}")
-    return restored.fitted.snapshot
-
-
-def _weights(saved: Any) -> Any:
+def _weights(saved: Any) -> dict[str, Any]:
     """The weights in what a ``.pth`` file holds: MMEngine and others keep them under ``state_dict``."""
-    if not isinstance(saved, dict):
-        raise DamagedCheckpoint(f"init_from: the file holds a {type(saved).__name__}, no weights by name")
-    return saved.get("state_dict", saved)
+    weights = saved.get("state_dict", saved) if isinstance(saved, dict) else saved
+    if not isinstance(weights, dict) or not all(isinstance(key, str) for key in weights):
+        raise DamagedCheckpoint(f"init_from: the file holds a {type(weights).__name__}, no weights by name")
+    return weights

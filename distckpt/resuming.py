@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 
 from distckpt import layout
 from distckpt.best import Metric, ranking
-from distckpt.errors import NoCheckpoint
+from distckpt.errors import DamagedCheckpoint, NoCheckpoint
 from distckpt.formats import Snapshot
 from distckpt.formats.known import get_format
-from distckpt.initialising import read_modules
+from distckpt.initialising import Source, committed, open_modules
 from distckpt.manifest import Record
 from distckpt.matching import Matched, match
-from distckpt.ranks import Ranks, is_leader, together
-from distckpt.restoring import fit_together
+from distckpt.ranks import Ranks, from_leader, is_leader, together
+from distckpt.restoring import fit_together, restore_newest
 from distckpt.run import Run
 from distckpt.selection import Selection
 from distckpt.state import Parts
+from distckpt.stores.local import LocalStore
 
 _log = logging.getLogger("distckpt")
 
@@ -55,24 +57,61 @@ def resume(run: Run, parts: Parts, selection: Selection, *, name: str | None, st
 
 
 def start_from(source: str, ranks: Ranks, parts: Parts, selection: Selection, *, strict: bool) -> None:
-    """The modules of ``parts`` hold what those in ``source`` do. Collective.
+    """The modules of ``parts`` hold what those in ``source`` do. Collective. Each rank reads what it needs, straight
+    into its tensors.
 
     Raises:
         NoCheckpoint, DamagedCheckpoint, StateMismatch, RankFailure: on all ranks, as in `resume`.
     """
     if not parts.modules:
         raise ValueError("init_from: there is no module in state that could start from it")
-    read: list[Snapshot] = []
     modules = Parts(parts.modules, per_rank=())
-    together(ranks, f"read of {source}", lambda: read.append(read_modules(source, modules, get_format)))
-    fitted = fit_together(
-        ranks,
-        f"match of {source} with the state",
-        lambda: match(modules, read[0], selection, strict=strict, is_same_world=False),
-    )
-    together(ranks, f"load of {source}", fitted.apply)
+
+    def fit(snapshot: Snapshot, _: Record | None = None) -> Matched:
+        return match(modules, snapshot, selection, strict=strict, is_same_world=False)
+
+    place = from_leader(ranks, f"look at {source}", lambda: committed(source))
+    if place is None:
+        fitted = _read_in(source, ranks, modules, selection, fit)
+    else:
+        root, name = place
+        names = list(modules.shared)
+        restored = restore_newest(ranks, fit, store=LocalStore(root), get_format=get_format, parts=names, name=name)
+        if restored is None:
+            raise NoCheckpoint(f"init_from: {source} holds no committed checkpoint any more")
+        fitted = restored.fitted
     if is_leader(ranks):
         _log.info("started from %s: %s", source, fitted.report)
+
+
+def _read_in(
+    source: str, ranks: Ranks, parts: Parts, selection: Selection, fit: Callable[[Snapshot], Matched]
+) -> Matched:
+    """What is no checkpoint in a run of ours is in the modules. Collective."""
+    found: list[Source] = []
+    together(
+        ranks, f"look into {source}", lambda: found.append(open_modules(source, parts.modules, selection, get_format))
+    )
+    (one,) = found
+    fitted = fit_together(ranks, f"match of {source} with the state", lambda: fit(one.opened.snapshot))
+
+    def read() -> None:
+        try:
+            one.opened.fill(fitted.targets)
+        except DamagedCheckpoint as error:
+            raise DamagedCheckpoint(
+                f"{error}. The state is not what it was: something of {source} was read into it before"
+            ) from error
+
+    together(ranks, f"read of {source}, of which the state holds a part now,", read)
+    together(ranks, f"load of {source}", fitted.apply)
+    if is_leader(ranks):
+        if one.left:
+            counts = Counter(name.partition(".")[0] for name in one.left)
+            _log.info("left in %s: %s", source, ", ".join(f"{count} of {word}" for word, count in counts.items()))
+        for name, why in one.unread.items():
+            _log.warning("%s: %s is not read: %s", source, name, why)
+    return fitted
 
 
 def name_of(which: str | int, records: Sequence[Record], metrics: Sequence[Metric]) -> str | None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 
 _WRAPPED = {nn.parallel.DistributedDataParallel: "module", nn.DataParallel: "module"}
-_WRAPPED_NAMES = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+WRAPPED_NAMES = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
 def canonical_keys(module: nn.Module, keys: Iterable[str]) -> dict[str, str]:
@@ -17,7 +17,7 @@ def canonical_keys(module: nn.Module, keys: Iterable[str]) -> dict[str, str]:
         for kind, child in _WRAPPED.items():
             if isinstance(one, kind):
                 wrappers[path] = child
-        for child in _WRAPPED_NAMES:
+        for child in WRAPPED_NAMES:
             if child in one._modules:
                 wrappers[path] = child
     return {key: _strip(key, wrappers) if wrappers else key for key in keys}

@@ -19,7 +19,7 @@ FLOWS = {
 HANDS_WITHOUT_TORCH = {
     "ranks.board",
     *("stores.direct", "stores.file_sink", "stores.file_source", "stores.local", "stores.naming", "stores.read_ahead"),
-    "stores.spares",
+    *("stores.appearing", "stores.new_file", "stores.spares"),
 }
 ENGINE = {
     "ahead",
@@ -42,17 +42,23 @@ HANDS = {
     *("formats.amending", "formats.boxes", "formats.held", "formats.merging", "formats.shard_file", "formats.sharded"),
     *("formats.sharded_layout", "formats.sharded_plan", "formats.sharded_reading", "formats.shards", "formats.sharing"),
     *("formats.full_reading", "formats.safetensors_reading", "formats.filling", "formats.hashing", "formats.stand_ins"),
-    "formats.streaming",
+    *("formats.streaming", "formats.placeholders"),
+    *("formats.export_dcp", "formats.export_hf", "formats.export_pth", "formats.export_safetensors"),
+    *(f"formats.dcp_{name}" for name in ("chunks", "item", "metadata", "native", "pickle", "reading", "safetensors")),
+    *("formats.dcp_stored", "formats.dcp_zip"),
     "formats.placements",
     *(
         "ranks.process_group",
         "buffers",
         "destinations",
         "environment",
+        "foreign",
         "matching",
         "message_hub",
         "optimizer_destinations",
         "optimizers",
+        "prefixes",
+        "placing",
         "rng",
         "runner_state",
         "state",
@@ -60,7 +66,7 @@ HANDS = {
     ),
     *(f"engine.{name}" for name in ENGINE),
 }
-INTRODUCED = {"choosing", "initialising", "publishing", "hook_words"}
+INTRODUCED = {"choosing", "exporting", "initialising", "publishing", "hook_words"}
 RESUMING = {"resuming"}
 RUNS = {"checkpointer", "runner_run"}
 HOOK = {"hook"}

@@ -1,4 +1,4 @@
-"""Modules read from whatever a run may start from."""
+"""Modules that start from a checkpoint of ours, or from a file."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from distckpt import Checkpointer, DamagedCheckpoint, NewerVersion, NoCheckpoint
-from distckpt.formats.known import get_format
-from distckpt.initialising import read_modules
+from distckpt import Checkpointer, DamagedCheckpoint, NewerVersion, NoCheckpoint, RankFailure
+from distckpt.ranks import Solo
+from distckpt.resuming import start_from
+from distckpt.selection import Selection
 from distckpt.state import Parts
 
 
@@ -40,9 +41,9 @@ def run(tmp_path: Path) -> Path:
 
 
 def first_weight(source: Path, *names: str) -> dict[str, float]:
-    snapshot = read_modules(str(source), parts(*names), get_format)
-    assert not snapshot.own
-    return {name: state["weight"][0, 0].item() for name, state in snapshot.shared.items()}
+    made = parts(*names)
+    start_from(str(source), Solo(), made, Selection(), strict=True)
+    return {name: module.weight[0, 0].item() for name, module in made.modules.items()}
 
 
 def test_a_runs_directory_gives_its_newest_checkpoint(run):
@@ -131,7 +132,7 @@ def test_a_pth_file_that_holds_no_weights_is_refused(tmp_path):
 @pytest.mark.parametrize("name", ["weights.pth", "weights.safetensors"])
 def test_one_file_for_two_modules_is_refused_with_their_names(tmp_path, name):
     (tmp_path / name).touch()
-    with pytest.raises(ValueError, match=r"is one file, and state has 2 modules: model, ema"):
+    with pytest.raises(RankFailure, match=r"is one file, and state has 2 modules: model, ema"):
         first_weight(tmp_path / name, "model", "ema")
 
 
