@@ -50,8 +50,8 @@ class Floor:
         told = {
             "memcpy": timed(lambda: self._copy(1)),
             "memcpy_2_threads": timed(lambda: self._copy(2)),
-            "direct_write": timed(self._write),
-            "direct_read": timed(self._read),
+            "direct_write": timed(self.write),
+            "direct_read": timed(self.read),
         }
         self._path.unlink()
         fsync(self._path.parent)
@@ -71,7 +71,8 @@ class Floor:
             ctypes.memmove(target, source, min(part, left))
             left -= part
 
-    def _write(self) -> None:
+    def write(self) -> None:
+        """The file holds so many bytes, durable."""
         descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_DIRECT)
         try:
             for piece in self._pieces(self._source):
@@ -82,7 +83,8 @@ class Floor:
         finally:
             os.close(descriptor)
 
-    def _read(self) -> None:
+    def read(self) -> None:
+        """They were read."""
         descriptor = os.open(self._path, os.O_RDONLY | os.O_DIRECT)
         try:
             for piece in self._pieces(self._target):
