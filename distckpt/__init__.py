@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         StateMismatch,
         Superseded,
     )
+    from distckpt.exporting import export
     from distckpt.hook import CheckpointHook
 
 __version__ = "0.1.0"
@@ -39,12 +40,14 @@ __all__ = [
     "SaveFailed",
     "StateMismatch",
     "Superseded",
+    "export",
 ]
 
 _HOMES = {
     **dict.fromkeys(__all__, "distckpt.errors"),
     "Checkpointer": "distckpt.checkpointer",
     "CheckpointHook": "distckpt.hook",
+    "export": "distckpt.exporting",
 }
 
 

@@ -25,6 +25,9 @@ DRAFT_PREFIX = ".draft-"
 TRASH_PREFIX = ".trash-"
 SPARE_PREFIX = ".spare-"
 
+# What is being exported, wherever that is: it is no run's, so no run takes it for a draft of its own and deletes it.
+EXPORT_PREFIX = ".export-"
+
 _STEP = re.compile(r"step-([0-9]{8,18})(?:\.([0-9]{1,9}))?")
 _ATTEMPT = re.compile(r"\.attempt-([0-9]{8,18})")
 _SHARD = re.compile(r"rank-([0-9]{5,9})(?:\.[1-9][0-9]*)?\.safetensors")
