@@ -231,6 +231,14 @@ def test_a_part_without_tensors_and_one_without_anything_can_be_exported(tmp_pat
         assert told.tensors == 0 and (tmp_path / f"{part}-{to}").exists()
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_float8_scales_that_a_checkpoint_holds_as_bytes_are_such_again(tmp_path, format):
+    scales = torch.arange(6, dtype=torch.uint8).view(torch.float8_e8m0fnu).view(2, 3)
+    run = save(tmp_path / "run", format, model=Holder({"scales": scales}))
+    export(run, tmp_path / "out.safetensors")
+    assert all_same(safetensors.torch.load_file(tmp_path / "out.safetensors"), {"scales": scales})
+
+
 # dtype
 
 

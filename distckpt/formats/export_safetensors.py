@@ -9,8 +9,10 @@ from torch import Tensor
 
 from distckpt.formats import Image
 from distckpt.formats.placeholders import flat
-from distckpt.formats.safetensors_file import DTYPES
+from distckpt.formats.safetensors_file import DTYPES_BY_NAME
 from distckpt.formats.safetensors_layout import lay_out
+
+_DTYPES = frozenset(DTYPES_BY_NAME.values())
 
 
 class SafetensorsExport:
@@ -44,7 +46,7 @@ def keyed(state: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         if (other := known.setdefault(id(tensor), key)) != key:
             tied[key] = other
             continue
-        if tensor.dtype not in DTYPES:
+        if tensor.dtype not in _DTYPES:
             raise ValueError(
                 f"{ascii(key)[1:-1][:200]} is of {tensor.dtype}, which safetensors has no word for: export it to "
                 '"pth" or "dcp"'

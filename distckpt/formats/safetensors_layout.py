@@ -16,14 +16,15 @@ from torch import Tensor
 
 from distckpt import strict_json
 from distckpt.formats import Image
-from distckpt.formats.safetensors_file import DTYPES
+from distckpt.formats.safetensors_file import DTYPES_BY_NAME
 from distckpt.manifest import TensorGroup
 
 _ALIGNMENT = 4096
+_NAMES = {dtype: name for name, dtype in DTYPES_BY_NAME.items()}
 
 
 def lay_out(path: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Image:
-    """The file ``path`` of these ``tensors``, of dtypes in `DTYPES`, in the order in which they lie there.
+    """The file ``path`` of these ``tensors``, of dtypes that such a file knows, in the order in which they lie there.
 
     Args:
         metadata: of the file. For ``safetensors.torch.load_model``, as ``save_model`` has it: other keys by which a
@@ -36,7 +37,7 @@ def lay_out(path: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str
     end = 0
     for key, tensor in ordered:
         begin, end = end, end + tensor.numel() * tensor.element_size()
-        dtype, shape = DTYPES[tensor.dtype], tuple(tensor.shape)
+        dtype, shape = _NAMES[tensor.dtype], tuple(tensor.shape)
         fields[key] = {"dtype": dtype, "shape": shape, "data_offsets": (begin, end)}
         begins.append(begin)
         alike[dtype, shape].append(key)
