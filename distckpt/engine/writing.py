@@ -12,8 +12,7 @@ from distckpt import strict_json
 from distckpt.engine.ahead import ahead
 from distckpt.engine.copying import BLOCK_BYTES
 from distckpt.formats import Image, Sum
-from distckpt.formats.hashing import BLOCK_BYTES as HASHED_BYTES
-from distckpt.formats.hashing import BlockDigests, Hash
+from distckpt.formats.hashing import BlockDigests, Hash, block_bytes_of
 from distckpt.manifest import FileEntry
 from distckpt.stores import Store
 
@@ -40,7 +39,7 @@ def write_image(
     Raises:
         OSError: where it cannot be written; there is no file then.
     """
-    digest = BlockDigests() if image.digests else xxhash.xxh3_128()
+    digest = BlockDigests(block_bytes_of(image.size_bytes)) if image.digests else xxhash.xxh3_128()
     hashed = _hashed(pieces, _Sums(image.sums), digest, spend)
     with store.create(place) as sink:
         with ahead(hashed) if image.size_bytes > BLOCK_BYTES else nullcontext(hashed) as coming:
@@ -53,7 +52,7 @@ def write_image(
     entry = FileEntry(image.path, image.size_bytes, digest.hexdigest(), image.digests)
     if not isinstance(digest, BlockDigests):
         return [entry]
-    told = strict_json.dump({"block_bytes": HASHED_BYTES, "xxh3_128": digest.blocks()})
+    told = strict_json.dump({"block_bytes": digest.block_bytes, "xxh3_128": digest.blocks()})
     with store.create(beside(place, image)) as sink:
         sink.write(told)
     return [entry, FileEntry(image.digests, len(told), xxhash.xxh3_128_hexdigest(told))]

@@ -13,8 +13,9 @@ import xxhash
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-# Of a file that is read in parts each block has a digest: whoever wants a part reads the blocks that it lies in.
-BLOCK_BYTES = 4 * 1024 * 1024
+_LEAST_BLOCK_BYTES = 256 * 1024
+_MOST_BLOCK_BYTES = 1 << 30
+_MOST_BLOCKS = 8192
 
 
 class Hash(Protocol):
@@ -23,13 +24,28 @@ class Hash(Protocol):
     def update(self, data: Buffer) -> object: ...
 
 
+def block_bytes_of(size_bytes: int) -> int:
+    """The size of the blocks of a file that is read in parts, each of which has a digest. Whoever wants a part reads
+    the blocks that it lies in: small ones, as long as they do not become too many."""
+    block = _LEAST_BLOCK_BYTES
+    while block * _MOST_BLOCKS < size_bytes:
+        block *= 2
+    return block
+
+
+def is_block_size(block_bytes: int) -> bool:
+    """Whether blocks may have that size."""
+    return block_bytes.bit_count() == 1 and 4096 <= block_bytes <= _MOST_BLOCK_BYTES
+
+
 class BlockDigests:
     """The xxh3-128 of each block of what it is told, from the start of a file; as a digest, that of these."""
 
-    def __init__(self) -> None:
+    def __init__(self, block_bytes: int) -> None:
+        self.block_bytes = block_bytes
         self._done: list[bytes] = []
         self._block = xxhash.xxh3_128()
-        self._left = BLOCK_BYTES
+        self._left = block_bytes
 
     def update(self, data: Buffer) -> None:
         """``data`` comes next."""
@@ -43,7 +59,7 @@ class BlockDigests:
 
     def blocks(self) -> list[str]:
         """All of them, once everything was told."""
-        if self._left < BLOCK_BYTES:
+        if self._left < self.block_bytes:
             self._end_block()
         return [one.hex() for one in self._done]
 
@@ -54,7 +70,7 @@ class BlockDigests:
     def _end_block(self) -> None:
         self._done.append(self._block.digest())
         self._block = xxhash.xxh3_128()
-        self._left = BLOCK_BYTES
+        self._left = self.block_bytes
 
 
 def digest_of_blocks(blocks: Sequence[str]) -> str:
@@ -66,13 +82,14 @@ class CheckedBlocks:
     """A digest that is told whole blocks, and raises where one is not what it was.
 
     Args:
-        size_bytes: of the file.
+        size_bytes, block_bytes: of the file, and of each but the last of its blocks.
         blocks: their digests.
         error: what is raised.
     """
 
-    def __init__(self, size_bytes: int, blocks: Sequence[str], error: Exception) -> None:
+    def __init__(self, size_bytes: int, block_bytes: int, blocks: Sequence[str], error: Exception) -> None:
         self._size_bytes = size_bytes
+        self._block_bytes = block_bytes
         self._blocks = blocks
         self._error = error
         self._at = 0
@@ -82,8 +99,8 @@ class CheckedBlocks:
         """``data`` comes next."""
         rest = memoryview(data).cast("B")
         while rest:
-            number = self._at // BLOCK_BYTES
-            end = min((number + 1) * BLOCK_BYTES, self._size_bytes)
+            number = self._at // self._block_bytes
+            end = min((number + 1) * self._block_bytes, self._size_bytes)
             piece, rest = rest[: end - self._at], rest[end - self._at :]
             self._block.update(piece)
             self._at += len(piece)

@@ -14,7 +14,7 @@ from distckpt import strict_json
 from distckpt.errors import DamagedCheckpoint
 from distckpt.formats import Chunk, Piece
 from distckpt.formats.filling import Cut, Span, fill
-from distckpt.formats.hashing import BLOCK_BYTES, CheckedBlocks, Hash, digest_of_blocks
+from distckpt.formats.hashing import CheckedBlocks, Hash, digest_of_blocks, is_block_size
 from distckpt.formats.safetensors_reading import Held, SafetensorsFile
 from distckpt.formats.streaming import stream
 from distckpt.manifest import FileEntry
@@ -51,7 +51,7 @@ class ShardFile:
     def __init__(self, store: Store, path: str, entry: FileEntry, told: Mapping[str, Any]) -> None:
         self._path = path
         self._entry = entry
-        self._blocks = _blocks(told, entry)
+        self._block_bytes, self._blocks = _blocks(told, entry)
         self._file = SafetensorsFile(store, path, entry)
         self.held: Mapping[str, Held] = self._file.held
 
@@ -64,8 +64,8 @@ class ShardFile:
             OSError: where it cannot be read.
         """
         ranges = [self._range(key, begin, held, wanted[key]) for key, begin, held in self._placed(wanted)]
-        with self._checked() as (source, digest):
-            fill(source, self._spans(ranges), digest)
+        with self._checked(spans := [*self._spans(ranges)]) as (source, digest):
+            fill(source, spans, digest)
 
     def pieces(self, chunks: Mapping[str, Sequence[Chunk]]) -> Iterator[Piece]:
         """The elements of the tensors of which chunks are given, each the whole of what lies under its key, in the
@@ -75,17 +75,19 @@ class ShardFile:
             DamagedCheckpoint, OSError: as `fill`.
         """
         ranges = [(begin, self._span(key, held, chunks[key])) for key, begin, held in self._placed(chunks)]
-        with self._checked() as (source, digest):
-            yield from stream(source, self._spans(ranges), digest)
+        with self._checked(spans := [*self._spans(ranges)]) as (source, digest):
+            yield from stream(source, spans, digest)
 
     @contextmanager
-    def _checked(self) -> Iterator[tuple[Source, Hash]]:
-        """The bytes behind the header; and a digest that is told them, and raises where a block is another."""
+    def _checked(self, spans: Sequence[Span]) -> Iterator[tuple[Source, Hash]]:
+        """The bytes behind the header, of which ``spans`` are read; and a digest that is told them, and raises where a
+        block is another."""
         error = DamagedCheckpoint(f"{self._path}: its bytes changed after the commit (a block has another xxh3-128)")
-        digest = CheckedBlocks(self._entry.size_bytes, self._blocks, error)
+        digest = CheckedBlocks(self._entry.size_bytes, self._block_bytes, self._blocks, error)
         with self._file.opened() as source:
             if not self._file.is_same(source, digest):
                 raise DamagedCheckpoint(f"{self._path} changed while it was read")
+            source.expect(_ranges(self._file.header_bytes, spans))
             yield source, digest
 
     def _placed(self, keys: Collection[str]) -> Iterator[tuple[str, int, Held]]:
@@ -140,12 +142,13 @@ class ShardFile:
             yield from self._gap(at, begin)
             yield span
             at = begin + span.size_bytes
-        end = min(-(-at // BLOCK_BYTES) * BLOCK_BYTES, self._entry.size_bytes)
+        end = min(-(-at // self._block_bytes) * self._block_bytes, self._entry.size_bytes)
         if end > at:
             yield Span(end - at)
 
     def _gap(self, begin: int, end: int) -> Iterator[Span]:
-        skipped = -(-begin // BLOCK_BYTES) * BLOCK_BYTES, end // BLOCK_BYTES * BLOCK_BYTES
+        block = self._block_bytes
+        skipped = -(-begin // block) * block, end // block * block
         if skipped[0] >= skipped[1]:
             skipped = (end, end)
         for low, high, is_skipped in ((begin, skipped[0], False), (*skipped, True), (skipped[1], end, False)):
@@ -153,14 +156,27 @@ class ShardFile:
                 yield Span(high - low, is_skipped=is_skipped)
 
 
-def _blocks(told: Mapping[str, Any], entry: FileEntry) -> Sequence[str]:
-    """The digests of the blocks of a file, which are those that were committed."""
-    count = -(-entry.size_bytes // BLOCK_BYTES)
+def _ranges(begin: int, spans: Sequence[Span]) -> list[tuple[int, int]]:
+    """Where what is read of these lies, the first from ``begin`` on."""
+    ranges: list[tuple[int, int]] = []
+    for span in spans:
+        end = begin + span.size_bytes
+        if ranges and ranges[-1][1] == begin and not span.is_skipped:
+            ranges[-1] = (ranges[-1][0], end)
+        elif not span.is_skipped:
+            ranges.append((begin, end))
+        begin = end
+    return ranges
+
+
+def _blocks(told: Mapping[str, Any], entry: FileEntry) -> tuple[int, Sequence[str]]:
+    """The size of the blocks of a file, and their digests, which are those that were committed."""
     try:
         blocks = strict_json.take(told, "xxh3_128", list, entry.digests)
         size = strict_json.take(told, "block_bytes", int, entry.digests)
-        if size == BLOCK_BYTES and len(blocks) == count and digest_of_blocks(blocks) == entry.xxh3_128:
-            return blocks
+        is_size = is_block_size(size) and len(blocks) == -(-entry.size_bytes // size)
+        if is_size and digest_of_blocks(blocks) == entry.xxh3_128:
+            return size, blocks
     except (ValueError, TypeError) as error:
         raise DamagedCheckpoint(f"{entry.digests} holds no digests: {error}") from error
-    raise DamagedCheckpoint(f"{entry.digests} does not hold the digests of {count} blocks that were committed")
+    raise DamagedCheckpoint(f"{entry.digests} does not hold the digests of blocks that were committed")

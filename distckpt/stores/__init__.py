@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol
 
@@ -30,6 +31,11 @@ class Source(Protocol):
 
     def skip(self, count: int) -> None:
         """Go on with what comes so many bytes later."""
+        ...
+
+    def expect(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Of what comes, these will be read, in order, from where to where in the file, and the rest skipped: nothing
+        else need be read ahead."""
         ...
 
 

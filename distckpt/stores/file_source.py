@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,6 +42,7 @@ class FileSource:
         self._place = place
         self._direct = direct
         self._position = 0
+        self._ranges: Sequence[tuple[int, int]] = [(0, size_bytes)]
         self._is_undecided = size_bytes >= _LEAST_AHEAD_BYTES
         self._ahead: ReadAhead | None = None
 
@@ -55,10 +57,14 @@ class FileSource:
             rest = rest[count:]
 
     def skip(self, count: int) -> None:
-        if count:
-            self.close()
-            self._position += count
-            self._is_undecided = self.size_bytes - self._position >= _LEAST_AHEAD_BYTES
+        self._position += count
+        if self._ahead is not None:
+            self._ahead.skip(count)
+
+    def expect(self, ranges: Sequence[tuple[int, int]]) -> None:
+        self.close()
+        self._ranges = ranges
+        self._is_undecided = sum(end - begin for begin, end in ranges) >= _LEAST_AHEAD_BYTES
 
     def close(self) -> None:
         """Nothing is read ahead any more. Safe to call twice."""
@@ -71,7 +77,8 @@ class FileSource:
         if self._is_undecided and self._position + len(rest) > _FIRST_BYTES:
             self._is_undecided = False
             if not is_cached(self._fd, self.size_bytes):
-                self._ahead = read_ahead(self._fd, self._position, self.size_bytes, direct=self._direct)
+                ranges = [(max(begin, self._position), end) for begin, end in self._ranges if end > self._position]
+                self._ahead = read_ahead(self._fd, ranges, direct=self._direct)
         if self._ahead is None:
             return 0
         count = self._ahead.read_into(rest)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
+from collections.abc import Sequence
 from queue import SimpleQueue
 
 from distckpt.stores.direct import ALIGNMENT, Direct, Ring, address_of
@@ -13,8 +14,8 @@ from distckpt.stores.direct import ALIGNMENT, Direct, Ring, address_of
 _SMALL_BYTES = 64 * 1024
 
 
-def read_ahead(fd: int, begin: int, end: int, *, direct: Direct) -> ReadAhead | None:
-    """The bytes of an open file from ``begin`` to ``end``; ``None`` where they cannot be read so."""
+def read_ahead(fd: int, ranges: Sequence[tuple[int, int]], *, direct: Direct) -> ReadAhead | None:
+    """These bytes of an open file, from where to where; ``None`` where they cannot be read so."""
     if not direct.turn_on(fd):
         return None
     try:
@@ -22,32 +23,31 @@ def read_ahead(fd: int, begin: int, end: int, *, direct: Direct) -> ReadAhead | 
     except OSError:
         direct.turn_off(fd)  # what memory there is, the file itself may need
         return None
-    return ReadAhead(fd, begin, end, direct=direct, ring=ring)
+    return ReadAhead(fd, ranges, direct=direct, ring=ring)
 
 
 class ReadAhead:
-    """The bytes of an open file from ``begin`` on: some blocks are being read while another is copied from.
+    """Some ranges of an open file, one after another: some blocks are being read while another is copied from.
 
-    It ends at ``end``, or before it without a word: where the file has become shorter, or refuses to be read so.
+    It ends behind the last, or before it without a word: where the file has become shorter, or refuses to be read so.
 
     Args:
         fd: for which ``direct`` was turned on; nothing else reads it until `close`.
         ring: of ``direct``.
     """
 
-    def __init__(self, fd: int, begin: int, end: int, *, direct: Direct, ring: Ring) -> None:
+    def __init__(self, fd: int, ranges: Sequence[tuple[int, int]], *, direct: Direct, ring: Ring) -> None:
         self._fd = fd
         self._direct = direct
         self._ring = ring
         self._empty: SimpleQueue[memoryview] = SimpleQueue()
         for block in ring.blocks:
             self._empty.put(block)
-        self._full: SimpleQueue[tuple[memoryview, int] | BaseException | None] = SimpleQueue()
+        self._full: SimpleQueue[tuple[memoryview, int, int] | BaseException | None] = SimpleQueue()
         self._block: memoryview | None = None
         self._rest = memoryview(b"")
-        self._skipped = begin % ALIGNMENT
-        where = (begin - self._skipped, end)
-        self._thread = threading.Thread(target=self._run, args=where, name="distckpt-read-ahead", daemon=True)
+        self._position = ranges[0][0] if ranges else 0
+        self._thread = threading.Thread(target=self._run, args=(ranges,), name="distckpt-read-ahead", daemon=True)
         self._thread.start()
 
     def read_into(self, target: memoryview) -> int:
@@ -63,8 +63,13 @@ class ReadAhead:
             target[:count] = self._rest[:count]
         else:
             ctypes.memmove(address_of(target), address_of(self._rest), count)
-        self._rest = self._rest[count:]
+        self.skip(count)
         return count
+
+    def skip(self, count: int) -> None:
+        """Go on with what comes so many bytes later."""
+        self._position += count
+        self._rest = self._rest[count:]
 
     def close(self) -> None:
         """The thread has ended, the ring is given back, and ``fd`` is read through the page cache."""
@@ -74,14 +79,17 @@ class ReadAhead:
         self._direct.turn_off(self._fd)
 
     def _next_block(self) -> None:
-        if self._block is not None:
-            self._empty.put(self._block)
-            self._block = None
-        read = self._full.get()
-        if isinstance(read, tuple):
-            self._block, count = read
-            self._rest = self._block[self._skipped : count]
-            self._skipped = 0
+        while not self._rest:
+            if self._block is not None:
+                self._empty.put(self._block)
+                self._block = None
+            read = self._full.get()
+            if not isinstance(read, tuple):
+                break
+            self._block, begin, count = read
+            assert begin <= self._position, "what nobody expected is not read ahead"
+            self._rest = self._block[self._position - begin : count]
+        else:
             return
         self._full.put(read)  # it is the last, however often somebody asks
         if isinstance(read, OSError):
@@ -89,17 +97,21 @@ class ReadAhead:
         elif read is not None:
             raise read
 
-    def _run(self, offset: int, end: int) -> None:
+    def _run(self, ranges: Sequence[tuple[int, int]]) -> None:
         try:
-            # After a short read no page begins where the next one would: the rest is not for us.
-            while offset < end and offset % ALIGNMENT == 0:
-                block = self._empty.get()
-                pages = -(-(end - offset) // ALIGNMENT)
-                count = os.preadv(self._fd, [block[: pages * ALIGNMENT]], offset)
-                if count == 0:
+            for begin, end in ranges:
+                offset = begin - begin % ALIGNMENT
+                # After a short read no page begins where the next one would: the rest is not for us.
+                while offset < end and offset % ALIGNMENT == 0:
+                    block = self._empty.get()
+                    pages = -(-(end - offset) // ALIGNMENT)
+                    count = os.preadv(self._fd, [block[: pages * ALIGNMENT]], offset)
+                    if count == 0:
+                        break
+                    self._full.put((block, offset, count))
+                    offset += count
+                if offset < end:
                     break
-                self._full.put((block, count))
-                offset += count
             self._full.put(None)
         except BaseException as error:  # raised where somebody waits for the bytes
             self._full.put(error)

@@ -50,10 +50,8 @@ def shared_state() -> dict[str, Any]:
 
 def blocks_of(data: bytes) -> dict[str, Any]:
     """What lies beside a file that is read in parts."""
-    return {
-        "block_bytes": 4 << 20,
-        "xxh3_128": [digest(data[at : at + (4 << 20)]) for at in range(0, len(data), 4 << 20)],
-    }
+    size = 256 << 10
+    return {"block_bytes": size, "xxh3_128": [digest(data[at : at + size]) for at in range(0, len(data), size)]}
 
 
 def snapshot_of(rank: int) -> Snapshot:

@@ -12,10 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from distckpt.engine import writing
 from distckpt.engine.stager import Stager
 from distckpt.errors import DamagedCheckpoint
-from distckpt.formats import hashing, shard_file
+from distckpt.formats import hashing
 from distckpt.formats.safetensors_layout import lay_out
 from distckpt.formats.shard_file import ShardFile, Wanted
 from distckpt.manifest import FileEntry
@@ -28,8 +27,7 @@ DIGESTS = "rank-00000.digests.json"
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Blocks of a page, so that small files have many."""
-    for module, name in ((hashing, "BLOCK_BYTES"), (shard_file, "BLOCK_BYTES"), (writing, "HASHED_BYTES")):
-        monkeypatch.setattr(module, name, 4096)
+    monkeypatch.setattr(hashing, "_LEAST_BLOCK_BYTES", 4096)
 
 
 def write(folder: Path, tensors: dict[str, Tensor]) -> list[FileEntry]:
@@ -127,6 +125,9 @@ class Watched:
     def skip(self, count: int) -> None:
         self._source.skip(count)
 
+    def expect(self, ranges) -> None:
+        self._source.expect(ranges)
+
 
 def test_no_block_is_read_that_is_not_needed(tmp_path):
     folder = tmp_path / "one"
@@ -176,6 +177,8 @@ def test_a_header_that_was_changed_is_found_whatever_is_read(tmp_path, at):
         lambda told: told["xxh3_128"].__setitem__(1, 7),
         lambda told: told["xxh3_128"].__setitem__(1, "no digest"),
         lambda told: told.update(block_bytes=8192),
+        lambda told: told.update(block_bytes=0),
+        lambda told: told.update(block_bytes=5000),
         lambda told: told.update(block_bytes=True),
         lambda told: told.update(xxh3_128="0" * 32),
         lambda told: told.clear(),

@@ -110,10 +110,10 @@ def test_what_nobody_wants_is_hashed_and_what_is_skipped_is_not():
         Span(4, chunks=[all_of(wanted)]),
         Span(PIECE_BYTES - 12),
     ]
-    checked = CheckedBlocks(len(data), ["not looked at", blocks[1]], ValueError("damaged"))
+    checked = CheckedBlocks(len(data), PIECE_BYTES, ["not looked at", blocks[1]], ValueError("damaged"))
     (piece,) = [(one.begin, one.elements.tolist()) for one in stream(Memory(data), spans, checked)]
     assert piece == (0, [8, 9, 10, 11])
-    damaged = CheckedBlocks(len(data), ["not looked at", blocks[0][::-1]], ValueError("damaged"))
+    damaged = CheckedBlocks(len(data), PIECE_BYTES, ["not looked at", blocks[0][::-1]], ValueError("damaged"))
     with pytest.raises(ValueError, match="damaged"):
         list(stream(Memory(data), spans, damaged))
 

@@ -335,3 +335,48 @@ def test_a_file_that_grows_while_it_is_read_ahead_has_its_old_bytes_and_then_the
         target = bytearray(source.size_bytes - 2 * MIB + 200_000)
         source.read_into(target)
     assert target == bytes(source.size_bytes - 2 * MIB) + CONTENT[:200_000]
+
+
+# Parts of a file
+
+
+PARTS = [(0, 100), (5 * MIB + 17, 9 * MIB + 1), (9 * MIB + 200, 9 * MIB + 300), (12 * MIB, 21 * MIB)]
+
+
+@pytest.mark.parametrize("is_expected", [True, False])
+@pytest.mark.parametrize("parts", [PARTS, [*PARTS, (len(CONTENT) - 7, len(CONTENT))], PARTS[1:]])
+def test_what_is_skipped_is_not_handed_out(cold, parts, is_expected):
+    with cold.open("file") as source:
+        if is_expected:
+            source.expect(parts)
+        at = 0
+        for begin, end in parts:
+            source.skip(begin - at)
+            found = bytearray(end - begin)
+            source.read_into(found)
+            assert found == CONTENT[begin:end]
+            at = end
+        source.skip(len(CONTENT) - at)
+        with pytest.raises(EOFError):
+            source.read_into(bytearray(1))
+
+
+def test_of_what_is_not_expected_nothing_is_read_ahead(cold, reads):
+    with cold.open("file") as source:
+        source.expect([(2 * MIB, 3 * MIB), (12 * MIB, 21 * MIB)])
+        found = bytearray(10 * MIB)
+        source.skip(2 * MIB)
+        source.read_into(memoryview(found)[:MIB])
+        source.skip(9 * MIB)
+        source.read_into(memoryview(found)[MIB:])
+    assert found == bytes(CONTENT[2 * MIB : 3 * MIB]) + bytes(CONTENT[12 * MIB : 21 * MIB])
+    assert reads.told == [("direct", 2 * MIB), ("direct", 12 * MIB), ("direct", 20 * MIB)]
+
+
+def test_a_file_of_which_little_is_expected_is_read_through_the_page_cache(cold, reads):
+    with cold.open("file") as source:
+        source.expect([(20 * MIB, 21 * MIB)])
+        source.skip(20 * MIB)
+        found = bytearray(MIB)
+        source.read_into(found)
+    assert found == CONTENT[20 * MIB : 21 * MIB] and {how for how, _ in reads.told} == {"cached"}
