@@ -177,6 +177,12 @@ def _nothing(*_: object) -> None:
     """In the place of what nobody here looks at: memory formats, and paths at which the folder once lay."""
 
 
+def _member(of: object, name: object) -> None:
+    """In the place of ``getattr``, by which Python 3.11.0 pickles a member of an enum: of a memory format only."""
+    if of is not _nothing:
+        raise ValueError("its pickle asks for builtins.getattr, of what no checkpoint needs it for")
+
+
 def _empty_dict() -> dict[str, Any]:
     """In the place of ``OrderedDict``, as it is pickled."""
     return {}
@@ -190,6 +196,7 @@ _TABLE = Table(
         "torch.Size": _size,
         "torch.serialization._get_layout": _layout,
         "collections.OrderedDict": _empty_dict,
+        "builtins.getattr": _member,
         f"{_OF_CHECKPOINT}_MEM_FORMAT_ENCODING": _nothing,
         f"{_OF_SHARDED_TENSORS}MEM_FORMAT_ENCODING": _nothing,
         **{f"{module}.{kind}Path": _nothing for module in _PATHS for kind in ("Posix", "Windows")},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -67,10 +66,8 @@ class NativeFolder:
             source.read_into(data)
         try:
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            raise ValueError("only code that it names could make it") from error
         except Exception as error:  # whatever its reader makes of bytes that are no file of torch.save
-            raise ValueError(f"it is no file of torch.save ({type(error).__name__})") from error
+            raise ValueError(f"torch.load(weights_only=True) refuses it ({type(error).__name__})") from error
 
     def fill(self, file: str, wanted: Mapping[Place, Sequence[Wanted]]) -> None:
         at = 0

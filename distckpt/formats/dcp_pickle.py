@@ -87,8 +87,9 @@ class _Machine:
             self.at += 1
             step(self)
         self.at += 1
-        (value,) = self._stack or [None]
-        return value
+        if len(self._stack) != 1:
+            raise IndexError
+        return self._stack[0]
 
     # What stands behind an opcode.
 
@@ -189,6 +190,8 @@ class _Machine:
 
     def set_items(self) -> None:
         values = self._marked()
+        if len(values) % 2:
+            raise IndexError
         target = self._top(dict)
         for key, value in zip(values[::2], values[1::2], strict=True):
             self._set(target, key, value)
