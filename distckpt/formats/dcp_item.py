@@ -100,6 +100,9 @@ class _Item:
         """Over what was looked at."""
         self._at += count
 
+    def expect(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """It is read from its start to its end."""
+
     def check(self, key: str, content_bytes: int, checksum: int) -> None:
         """The directory, at the end of what is left, says the same of what was read.
 
