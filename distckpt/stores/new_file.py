@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,10 +55,15 @@ def new_file(place: Path, size_bytes: int) -> Iterator[NewFile]:
         FileExistsError, OSError: naming it, where it cannot be made or written.
     """
     fd = os.open(place, _NEW, 0o666)
-    try:
+    with ExitStack() as stack:
+        stack.callback(_close, fd, place)
         with naming(place):
             os.ftruncate(fd, size_bytes)
-            yield NewFile(fd, place)
+        yield NewFile(fd, place)
+        with naming(place):
             os.fsync(fd)
-    finally:
+
+
+def _close(fd: int, place: Path) -> None:
+    with naming(place):  # some file systems tell only then what became of the bytes
         os.close(fd)
