@@ -14,9 +14,10 @@ from typing import Any
 import xxhash
 
 from distckpt import layout, strict_json
+from distckpt.chunks import CUTS, Chunks, FileNumbers, Grid, are_counts
 from distckpt.errors import DamagedCheckpoint, NewerVersion
 from distckpt.progress import Progress
-from distckpt.strict_json import take
+from distckpt.strict_json import exactly, take
 
 # Every older version stays readable for ever; a newer one is refused by name.
 VERSION = 1
@@ -49,35 +50,13 @@ class FileEntry:
         kinds = {"path": str, "size_bytes": int, "xxh3_128": str}
         if type(fields) is dict and "digests" in fields:
             kinds["digests"] = str
-        entry = cls(**_exactly(fields, kinds, what))
+        entry = cls(**exactly(fields, kinds, what))
         for name in (entry.path, entry.digests) if entry.digests else (entry.path,):
             if not layout.is_safe(name):
                 raise ValueError(f"{what}: {ascii(name)[:80]} is no name of a file in a checkpoint")
         if entry.size_bytes < 0:
             raise ValueError(f"{what}: {entry.path} has a size of {entry.size_bytes} bytes")
         return entry
-
-
-@dataclass(frozen=True)
-class Chunks:
-    """Where the parts of a tensor lie: chunk by chunk its file, and its box in the whole tensor.
-
-    Attributes:
-        offsets, sizes: so many numbers for each chunk as the tensor has dimensions, one chunk after another.
-    """
-
-    files: tuple[str, ...]
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
-
-    @classmethod
-    def joined(cls, several: Sequence[Chunks]) -> Chunks:
-        """The chunks of all of them."""
-        return cls(
-            tuple(file for one in several for file in one.files),
-            tuple(number for one in several for number in one.offsets),
-            tuple(number for one in several for number in one.sizes),
-        )
 
 
 @dataclass(frozen=True)
@@ -93,36 +72,35 @@ class TensorGroup:
     dtype: str
     shape: tuple[int, ...]
     keys: tuple[str, ...]
-    chunks: Chunks | None = None
+    chunks: Chunks | Grid | None = None
 
     @classmethod
-    def of(cls, dtype: str, shape: tuple[int, ...], chunks: Chunks, keys: tuple[str, ...]) -> TensorGroup:
+    def of(cls, dtype: str, shape: tuple[int, ...], chunks: Chunks | Grid, keys: tuple[str, ...]) -> TensorGroup:
         """Tensors that consist of these chunks."""
         if len(chunks.files) == 1 and chunks.sizes == shape:
             return cls(chunks.files[0], dtype, shape, keys)
         return cls("", dtype, shape, keys, chunks)
 
-    def to_fields(self, numbers: Mapping[str, int]) -> dict[str, Any]:
+    def to_fields(self, numbers: FileNumbers) -> dict[str, Any]:
         """As JSON, where files of chunks are known by their ``numbers``."""
         fields: dict[str, Any] = {"dtype": self.dtype, "shape": self.shape, "keys": self.keys}
         if self.chunks is None:
             return {"file": self.file, **fields}
-        files = [numbers[file] for file in self.chunks.files]
-        return {"chunks": {"files": files, "offsets": self.chunks.offsets, "sizes": self.chunks.sizes}, **fields}
+        return {**self.chunks.to_fields(numbers), **fields}
 
     @classmethod
-    def from_fields(cls, fields: Any, files: Sequence[FileEntry], what: str) -> TensorGroup:
-        is_cut = type(fields) is dict and "chunks" in fields
-        place = {"chunks": dict} if is_cut else {"file": str}
-        group = _exactly(fields, {"dtype": str, "shape": list, "keys": list, **place}, what)
+    def from_fields(cls, fields: Any, paths: Sequence[str], what: str) -> TensorGroup:
+        kind = next((name for name in CUTS if type(fields) is dict and name in fields), "")
+        place = {kind: dict} if kind else {"file": str}
+        group = exactly(fields, {"dtype": str, "shape": list, "keys": list, **place}, what)
         shape, keys = group["shape"], group["keys"]
         whose = f"{what}: tensors like {ascii(keys[:1])[:80]}"
-        if not _are_counts(shape):
+        if not are_counts(shape):
             raise ValueError(f"{whose} have the shape {ascii(shape)[:80]}")
         if not set(map(type, keys)) <= {str}:
             raise ValueError(f"{whose} have keys that are no words")
-        chunks = _chunks(group["chunks"], len(shape), files, whose) if is_cut else None
-        return cls("" if is_cut else group["file"], group["dtype"], tuple(shape), tuple(keys), chunks)
+        chunks = CUTS[kind].from_fields(group[kind], tuple(shape), paths, whose) if kind else None
+        return cls("" if kind else group["file"], group["dtype"], tuple(shape), tuple(keys), chunks)
 
 
 @dataclass(frozen=True)
@@ -160,7 +138,7 @@ class Manifest:
         return sum(file.size_bytes for file in self.files)
 
     def to_json(self) -> bytes:
-        numbers = {one.path: number for number, one in enumerate(self.files)}
+        numbers = FileNumbers([one.path for one in self.files])
         return strict_json.dump(
             {
                 **{one.name: getattr(self, one.name) for one in dataclasses.fields(self)},
@@ -183,11 +161,12 @@ class Manifest:
             _refuse_newer(fields, what)
             common = _common(fields, what)
             files = _files(take(fields, "files", list, what), what)
+            paths = [one.path for one in files]
             tensors = take(fields, "tensors", list, what)
             return cls(
                 **common,
                 files=files,
-                tensors=tuple(TensorGroup.from_fields(one, files, what) for one in tensors),
+                tensors=tuple(TensorGroup.from_fields(one, paths, what) for one in tensors),
                 seconds=_numbers(take(fields, "seconds", dict, what), what),
                 environment=_words(take(fields, "environment", dict, what), what),
                 read_with=take(fields, "read_with", str, what),
@@ -261,7 +240,7 @@ class Record:
 
 
 def _common(fields: dict[str, Any], what: str) -> dict[str, Any]:
-    progress = _exactly(fields.get("progress"), {"step": int, "epoch": int}, what)
+    progress = exactly(fields.get("progress"), {"step": int, "epoch": int}, what)
     reasons = take(fields, "reasons", list, what)
     if not all(type(reason) is str for reason in reasons):
         raise ValueError(f"{what}: 'reasons' should be words")
@@ -272,26 +251,6 @@ def _common(fields: dict[str, Any], what: str) -> dict[str, Any]:
         **{key: take(fields, key, str, what) for key in ("format", "created", "run")},
         **{key: _count(fields, key, what) for key in ("world_size", "attempt", "serial", "version")},
     }
-
-
-def _exactly(fields: Any, kinds: Mapping[str, type], what: str) -> dict[str, Any]:
-    if type(fields) is not dict or fields.keys() != kinds.keys():
-        raise ValueError(f"{what}: {ascii(fields)[:80]} should have exactly {', '.join(kinds)}")
-    return {key: take(fields, key, kind, what) for key, kind in kinds.items()}
-
-
-def _are_counts(values: list[Any]) -> bool:
-    return set(map(type, values)) <= {int} and (not values or min(values) >= 0)
-
-
-def _chunks(told: dict[str, Any], dims: int, files: Sequence[FileEntry], whose: str) -> Chunks:
-    fields = _exactly(told, {"files": list, "offsets": list, "sizes": list}, whose)
-    numbers, offsets, sizes = fields["files"], fields["offsets"], fields["sizes"]
-    if not all(map(_are_counts, (numbers, offsets, sizes))) or max(numbers, default=0) >= len(files):
-        raise ValueError(f"{whose} lie in files that there are not, or at no places")
-    if not len(offsets) == len(sizes) == dims * len(numbers):
-        raise ValueError(f"{whose} have {len(numbers)} chunks, {len(offsets)} offsets and {len(sizes)} sizes")
-    return Chunks(tuple(files[number].path for number in numbers), tuple(offsets), tuple(sizes))
 
 
 def _files(told: list[Any], what: str) -> tuple[FileEntry, ...]:

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from distckpt.catalog import Catalog, Draft
+from distckpt.chunks import Chunks
 from distckpt.errors import DistckptError, RankFailure, SaveFailed
 from distckpt.formats import Format, Staged, Written
-from distckpt.manifest import Chunks, FileEntry, Manifest, Record, TensorGroup
+from distckpt.manifest import FileEntry, Manifest, Record, TensorGroup
 from distckpt.progress import Progress
 from distckpt.ranks import Json, Ranks, from_leader, is_leader, to_leader, together
 from distckpt.stores import Store

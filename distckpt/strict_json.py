@@ -52,6 +52,17 @@ def take(fields: Mapping[str, Any], key: str, kind: type[T], what: str) -> T:
     return value
 
 
+def exactly(fields: Any, kinds: Mapping[str, type], what: str) -> dict[str, Any]:
+    """The values of these keys, of exactly these types.
+
+    Raises:
+        ValueError: where there are other keys, or one is missing or of another type.
+    """
+    if type(fields) is not dict or fields.keys() != kinds.keys():
+        raise ValueError(f"{what}: {ascii(fields)[:80]} should have exactly {', '.join(kinds)}")
+    return {key: take(fields, key, kind, what) for key, kind in kinds.items()}
+
+
 def _to_float(value: int) -> float | int:
     try:
         return float(value)

@@ -9,8 +9,9 @@ from typing import NamedTuple
 import numpy as np
 
 from distckpt import layout
+from distckpt.chunks import Chunks
 from distckpt.formats.boxes import fault
-from distckpt.manifest import Chunks, TensorGroup
+from distckpt.manifest import TensorGroup
 
 
 class _Chunk(NamedTuple):

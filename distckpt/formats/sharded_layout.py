@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from distckpt import layout, strict_json
+from distckpt.chunks import Chunks
 from distckpt.formats import Image, Snapshot
 from distckpt.formats import tree as trees
 from distckpt.formats.form import Form
@@ -18,7 +19,7 @@ from distckpt.formats.safetensors_file import DTYPES
 from distckpt.formats.safetensors_layout import lay_out
 from distckpt.formats.sharded_plan import Part, parts_of
 from distckpt.formats.shards import boxes_of, local_of, narrowed, spread_of, view_of
-from distckpt.manifest import Chunks, TensorGroup, digest
+from distckpt.manifest import TensorGroup, digest
 from distckpt.ranks import LEADER
 
 _Likeness = tuple[Any, ...]

@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from distckpt import layout
+from distckpt.chunks import Chunks
 from distckpt.formats.boxes import Ints, fault
 from distckpt.formats.held import Holding, Kind, Told, pack_numbers, unpack_numbers
 from distckpt.formats.safetensors_file import ITEM_BYTES
 from distckpt.formats.sharing import Group, Shares, group_of, share
-from distckpt.manifest import Chunks, TensorGroup
+from distckpt.manifest import TensorGroup
 
 _NONE = 0xFFFFFFFF
 _BLOCK = 1 << 22  # elements that are worked on at once

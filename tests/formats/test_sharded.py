@@ -17,10 +17,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from distckpt import strict_json
+from distckpt.chunks import Chunks
 from distckpt.errors import DamagedCheckpoint
 from distckpt.formats import Snapshot, Written
 from distckpt.formats.sharded import Sharded
-from distckpt.manifest import Chunks, FileEntry, Manifest, TensorGroup, digest
+from distckpt.manifest import FileEntry, Manifest, TensorGroup, digest
 from distckpt.progress import Progress
 from distckpt.stores.local import LocalStore
 
