@@ -18,6 +18,9 @@ import torch
 import torch._dynamo  # DDP imports it: once here, and not in each forked rank
 import torch.distributed as dist
 
+# c10d asks for the name of each address that connects, for its log: where an answer is lost, that takes 5 s.
+os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
+
 # A forked child of a process whose OpenMP pool has started hangs in its first parallel region.
 torch.set_num_threads(1)
 

@@ -1,106 +1,83 @@
-"""Sharded checkpoints on real ranks: what each writes, and what any number of ranks reads back."""
+"""Sharded checkpoints on real ranks: whatever number of ranks saved it, any other number restores it, bit for bit."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
-import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
+from conftest import RankProcesses
+from sharded_programs import (
+    ddp,
+    differing,
+    fsdp,
+    fsdp_and_tensor_parallel,
+    fused,
+    hsdp,
+    plain,
+    restored,
+    saved,
+    strided,
+    wide,
+    wide_fsdp,
+)
+from torch import nn
 
-import distckpt
-
-
-class Net(nn.Module):
-    """Rows that no number of ranks divides, a buffer, and a parameter without a gradient."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(10, 17)
-        self.norm = nn.BatchNorm1d(17)
-        self.second = nn.Linear(17, 5)
-        self.few = nn.Parameter(torch.randn(1, 3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(self.norm(self.first(x)).relu()) * self.few.sum()
-
-
-def net(kind: str) -> nn.Module:
-    torch.manual_seed(3)
-    model = Net()
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    if kind == "ddp" and world > 1:
-        return DistributedDataParallel(model)
-    if kind == "fsdp":
-        mesh = init_device_mesh("cpu", (world,))
-        for part in (model.first, model.second):
-            fully_shard(part, mesh=mesh)
-        return fully_shard(model, mesh=mesh)
-    if kind == "hsdp":
-        mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
-        return fully_shard(model, mesh=mesh)
-    return model
+# Of each model, the ways in which so many ranks have it.
+PROGRAMS: dict[str, dict[int, tuple[Callable[[], nn.Module], ...]]] = {
+    "net": {1: (plain,), 2: (ddp, fsdp), 3: (fsdp,), 4: (hsdp,), 8: (fsdp,)},
+    "wide": {1: (wide,), 3: (wide_fsdp,), 4: (fsdp_and_tensor_parallel,), 8: (fsdp_and_tensor_parallel,)},
+    "fused": {1: (fused,), 2: (strided,), 3: (strided,), 4: (strided,)},
+}
+COUNTS = (1, 2, 3, 4, 8)
+# Eight ranks take long on two cores: one checkpoint of each number of ranks.
+ON_EIGHT = ("net-plain-1", "net-ddp-2", "wide-wide_fsdp-3", "wide-fsdp_and_tensor_parallel-4", "net-fsdp-8")
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
-    torch.manual_seed(5)
-    for _ in range(steps):
-        model(torch.randn(8, 10)).sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+def runs_of(model: str, world_size: int) -> Iterator[tuple[Callable[[], nn.Module], str]]:
+    """The programs of so many ranks, and what the run of each is called."""
+    for make in PROGRAMS[model].get(world_size, ()):
+        yield make, f"{model}-{make.__name__}-{world_size}"
 
 
-def whole(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
+def pairs(model: str, world_size: int) -> Iterator[tuple[str, Callable[[], nn.Module]]]:
+    """Each run of ``model``, and the program of so many ranks that restores it: these take turns."""
+    makes = PROGRAMS[model].get(world_size, ())
+    sources = [name for count in COUNTS for _, name in runs_of(model, count)]
+    for nth, name in enumerate(sources if makes else ()):
+        if world_size < 8 or name in ON_EIGHT:
+            yield name, makes[nth % len(makes)]
 
 
-def told(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, np.ndarray]:
-    """All tensors, whole, in a form that a pipe takes."""
-    names = {key.removeprefix("module."): one for key, one in model.state_dict().items()}
-    found = {f"model.{key}": whole(one) for key, one in names.items()}
-    for key, one in model.named_parameters():
-        for name, value in optimizer.state.get(one, {}).items():
-            found[f"optim.state.{key.removeprefix('module.')}.{name}"] = whole(value)
-    return {key: one.numpy() for key, one in found.items()}
+def save_all(rank: int, root: str, world_size: int) -> dict[str, dict[str, np.ndarray]]:
+    return {name: saved(f"{root}/{name}", make) for model in PROGRAMS for make, name in runs_of(model, world_size)}
 
 
-def save(rank: int, out: str, kind: str) -> dict[str, np.ndarray]:
-    model = net(kind)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    train(model, optimizer, 2)
-    with distckpt.Checkpointer(out, {"model": model, "optim": optimizer}, format="sharded", sync_buffers=False) as ckpt:
-        ckpt.step()
-        ckpt.save(wait=True)
-    return told(model, optimizer)
+def restore_all(rank: int, root: str, world_size: int, expected: Any) -> tuple[set[str], dict[str, list[str]]]:
+    """The number of ranks of each checkpoint; and what did not come back as it was."""
+    counts, wrong = set(), {}
+    for model in PROGRAMS:
+        for name, make in pairs(model, world_size):
+            counts.add(name.rpartition("-")[2])
+            if keys := differing(expected[name], restored(f"{root}/{name}", make)):
+                wrong[f"{name} in {make.__name__}"] = keys
+    return counts, wrong
 
 
-def restore(rank: int, out: str, kind: str) -> dict[str, np.ndarray]:
-    model = net(kind)
-    with torch.no_grad():
-        for one in model.parameters():
-            one.zero_()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.5)
-    with distckpt.Checkpointer(out, {"model": model, "optim": optimizer}, save_last=False) as ckpt:
-        assert ckpt.resume() == 1
-    assert optimizer.param_groups[0]["lr"] == 0.01
-    return told(model, optimizer)
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """The folder of all runs, and what each saved."""
+    root = tmp_path_factory.mktemp("runs")
+    expected: dict[str, Any] = {}
+    for count in COUNTS:
+        expected |= RankProcesses()(count, save_all, str(root), count)[0]
+    return root, expected
 
 
-def same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
-    assert one.keys() == other.keys()
-    for key, tensor in one.items():
-        assert np.array_equal(tensor, other[key]), key
-
-
-@pytest.mark.parametrize("kind, ranks", [("plain", 1), ("ddp", 2), ("fsdp", 2), ("fsdp", 3), ("hsdp", 4)])
-def test_what_was_saved_on_some_ranks_is_restored_on_others(run_ranks, tmp_path, kind, ranks):
-    out = str(tmp_path / "run")
-    saved = run_ranks(ranks, save, out, kind)
-    for other, readers in (("plain", 1), ("ddp", 2), ("fsdp", 2), ("fsdp", 4), ("hsdp", 4)):
-        for restored in run_ranks(readers, restore, out, other):
-            same(saved[0], restored)
+@pytest.mark.parametrize("world_size", COUNTS)
+def test_what_any_number_of_ranks_saved_is_restored_on_others(run_ranks, checkpoints, world_size):
+    root, expected = checkpoints
+    every = {str(count) for count in COUNTS}
+    assert run_ranks(world_size, restore_all, str(root), world_size, expected) == [(every, {})] * world_size
