@@ -2,8 +2,8 @@
 
 Every rank is a process over gloo and holds its part of the workload's state: cut by FSDP2, or all of it as under DDP.
 All contenders save in turns, in an order that is shuffled in each round, and the first round is not counted. Then
-another number of ranks restores what was saved, from the disk, with none of it in the page cache. What was restored is
-compared with what was saved, untimed.
+another number of ranks restores what was saved, from the disk, with none of it in the page cache, into a model and an
+optimizer that has no state yet, as after a restart. What was restored is compared with what was saved, untimed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from files import drop_from_cache
 from floor import Floor
 from reporting import table
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -45,9 +45,6 @@ CUTS = ("fsdp", "ddp")
 
 class Contender(Protocol):
     """Saves and restores the state of one rank, together with the others."""
-
-    def prepare(self) -> None:
-        """What is done beforehand, untimed."""
 
     def save(self, step: int) -> None:
         """On return training may go on."""
@@ -70,9 +67,6 @@ class Ours:
             max_keep_ckpts=1,
         )
 
-    def prepare(self) -> None:
-        pass
-
     def save(self, step: int) -> None:
         self._checkpointer.step()
         self._checkpointer.save()
@@ -88,14 +82,14 @@ class Dcp:
     def __init__(self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, threads: int) -> None:
         self._folder, self._threads = folder, threads
         self._model, self._optimizer = model, optimizer
-        self._state: dict[str, Any] = {}
 
-    def prepare(self) -> None:
+    def _state(self) -> dict[str, Any]:
         model_state, optimizer_state = get_state_dict(self._model, self._optimizer)
-        self._state = {"model": model_state, "optimizer": optimizer_state}
+        return {"model": model_state, "optimizer": optimizer_state}
 
     def save(self, step: int) -> None:
-        dcp.save(self._state, storage_writer=dcp.FileSystemWriter(self._folder / str(step), thread_count=self._threads))
+        writer = dcp.FileSystemWriter(self._folder / str(step), thread_count=self._threads)
+        dcp.save(self._state(), storage_writer=writer)
         if dist.get_rank() == 0 and step > 1:
             shutil.rmtree(self._folder / str(step - 1))
 
@@ -103,7 +97,11 @@ class Dcp:
         pass
 
     def restore(self, step: int) -> None:
-        dcp.load(self._state, checkpoint_id=self._folder / str(step))
+        state = self._state()
+        dcp.load(state, checkpoint_id=self._folder / str(step))
+        set_state_dict(
+            self._model, self._optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+        )
 
 
 class Raw:
@@ -113,9 +111,6 @@ class Raw:
         folder = folder / str(dist.get_rank())
         folder.mkdir(exist_ok=True)
         self._floor = Floor(folder, part_bytes)
-
-    def prepare(self) -> None:
-        pass
 
     def save(self, step: int) -> None:
         self._floor.write()
@@ -198,14 +193,11 @@ def save_job(rank: int, asked: argparse.Namespace, folder: Path) -> None:
         for step in range(1, asked.rounds + 2):
             for name in shuffled(list(running), len(running)):
                 one = running[name]
-                one.prepare()
-                proc.forget_peak()
-                before, held_before = proc.used(), proc.resident_bytes()
+                before = proc.used()
                 blocked = on_all(partial(one.save, step))
                 durable = blocked + on_all(one.wait)
                 foreign = foreign_share(before)
-                grown = max(proc.peak_memory_bytes() - held_before, 0)
-                told = {"name": name, "blocked": blocked, "durable": durable, "memory_bytes": grown}
+                told = {"name": name, "blocked": blocked, "durable": durable}
                 say({**told, "foreign_share": foreign, "is_first": step == 1, "part_bytes": part})
 
 
@@ -220,11 +212,11 @@ def restore_job(rank: int, asked: argparse.Namespace, folder: Path) -> None:
         shuffled = random.Random(1).sample
         for number in range(asked.rounds + 1):
             for name in shuffled(list(running), len(running)):
-                for tensor in tensors_of(model, optimizer):
-                    tensor.zero_()
+                for tensor in model.parameters():
+                    tensor.data.zero_()
+                optimizer.state.clear()
                 if rank == 0:
                     drop_from_cache(folder / name)
-                running[name].prepare()
                 before = proc.used()
                 seconds = on_all(partial(running[name].restore, asked.rounds + 1))
                 foreign = foreign_share(before)
@@ -260,21 +252,20 @@ def text(asked: argparse.Namespace, samples: list[dict[str, Any]]) -> str:
     of = {
         name: {
             key: figure(one[key] for one in kept if one["name"] == name and key in one)
-            for key in ("blocked", "durable", "restored", "memory_bytes")
+            for key in ("blocked", "durable", "restored")
         }
         for name in names
     }
     total = next(one["part_bytes"] for one in samples) * asked.ranks / 1e9
     rows = []
     for name, one in of.items():
-        durable, memory = one["durable"], one["memory_bytes"]
+        durable = one["durable"]
         rate = f"{total / durable.median:.2f}" if durable else "-"
-        grown = f"{memory.median * asked.ranks / total / 1e9:.2f}" if memory else "-"
         told = [str(one[key] or "-") for key in ("blocked", "durable", "restored")]
         against = [ratio(of[OURS][key], one[key]) if name != OURS else "" for key in ("durable", "restored")]
-        rows.append([name, *told, rate, grown, *against])
+        rows.append([name, *told, rate, *against])
     columns = [
-        *("contender", "blocked s", "durable s", "restored s", "durable GB/s", "memory, parts"),
+        *("contender", "blocked s", "durable s", "restored s", "durable GB/s"),
         *("distckpt's durable against it", "restored"),
     ]
     head = (
