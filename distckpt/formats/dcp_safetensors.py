@@ -79,7 +79,7 @@ class SafetensorsFolder:
             file = self._files[name] = SafetensorsFile(self._store, name)
             lies_at = self._offsets(name, file)
         except FileNotFoundError as error:
-            raise DamagedCheckpoint(f"{self.url}/{name} is missing, which its index names") from error
+            raise DamagedCheckpoint(f"{self.url}/{name} is missing") from error
         except DamagedCheckpoint as error:
             raise DamagedCheckpoint(f"{self.url}: {error}") from error
         if wanted is not None and (lost := wanted - file.held.keys()):
