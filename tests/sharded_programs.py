@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -161,13 +162,25 @@ def spoilt(make: Callable[[], nn.Module]) -> tuple[nn.Module, torch.optim.Optimi
     return model, adamw(model, lr=0.5)
 
 
-def checkpointer(out: str, model: nn.Module, optimizer: Any, **words: Any) -> distckpt.Checkpointer:
-    return checkpointer_of(out, {"model": model, "optim": optimizer}, **words)
+class Holder:
+    """A part that holds a tree of whatever."""
+
+    def __init__(self, tensors: Any) -> None:
+        self.tensors = tensors
+
+    def state_dict(self) -> Any:
+        return self.tensors
+
+    def load_state_dict(self, state: Any) -> None:
+        self.tensors = state
 
 
-def checkpointer_of(out: str, state: dict[str, Any], **words: Any) -> distckpt.Checkpointer:
-    """Processes that end by themselves need not close it, which takes half a second."""
-    return distckpt.Checkpointer(out, state, **{"format": "sharded", "sync_buffers": False} | words)
+@contextmanager
+def running(out: str, state: dict[str, Any], **words: Any) -> Iterator[distckpt.Checkpointer]:
+    """A checkpointer whose process ends by itself. It is not closed, which takes half a second; but no rank goes on,
+    and takes the store of the process group with it, before all have come so far."""
+    yield distckpt.Checkpointer(out, state, **{"format": "sharded", "sync_buffers": False} | words)
+    dist.barrier()
 
 
 def saved(out: str, make: Callable[[], nn.Module], **words: Any) -> dict[str, np.ndarray]:
@@ -175,16 +188,17 @@ def saved(out: str, make: Callable[[], nn.Module], **words: Any) -> dict[str, np
     model = make()
     optimizer = adamw(model)
     train(model, optimizer)
-    ckpt = checkpointer(out, model, optimizer, **words)
-    ckpt.step()
-    ckpt.save(wait=True)
+    with running(out, {"model": model, "optim": optimizer}, **words) as ckpt:
+        ckpt.step()
+        ckpt.save(wait=True)
     return told(model, optimizer)
 
 
 def restored(out: str, make: Callable[[], nn.Module], **words: Any) -> dict[str, np.ndarray]:
     """What was restored from the first step."""
     model, optimizer = spoilt(make)
-    assert checkpointer(out, model, optimizer, **words).resume() == 1
+    with running(out, {"model": model, "optim": optimizer}, **words) as ckpt:
+        assert ckpt.resume() == 1
     assert optimizer.param_groups[0]["lr"] == 0.01
     return told(model, optimizer)
 
