@@ -86,7 +86,8 @@ class Checkpointer:
         sync_buffers: how buffers are made equal over ranks before a save: ``"mean"``, ``"broadcast"`` (both from
             rank 0 where they are integers) or False. It changes the buffers that training goes on with.
         per_rank: names in ``state`` that each rank has of its own. None: those that can be iterated over.
-        init_from: a checkpoint, or a run's directory, whose modules training starts from where ``out_dir`` is empty.
+        init_from: a checkpoint, a run's directory, a file of weights, or a folder that another library saved (see
+            `distckpt.foreign`), whose modules training starts from where ``out_dir`` is empty.
         on_event: called on rank 0 with a dict for each event, from the writer's thread.
         timeout: how long a rank waits for another, or for a save to end, before it gives up.
 
@@ -308,6 +309,16 @@ class Checkpointer:
         self._save(reason)
         if wait:
             self._run.settle()
+
+    def prepare(self) -> None:
+        """The ranks have agreed on who writes what of the state as it is now, which the first save would have them do:
+        once all of it is there, such as the moments of the optimizer. Nothing where rank 0 writes all. Collective.
+
+        Raises:
+            RankFailure: on all ranks, where the state of one cannot be stored, or they do not hold it whole and alike.
+        """
+        self._require_ready()
+        self._run.plan(self._capture)
 
     def wait(self, timeout: timedelta | None = None) -> None:
         """The save in flight is durable, within ``timeout`` (of the checkpointer, if None). Collective.

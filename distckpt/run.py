@@ -33,6 +33,7 @@ _log = logging.getLogger("distckpt")
 _HEAD_START_SECONDS = 0.02
 
 _FAILURE = "failure of save"
+_GRACE = timedelta(seconds=15)
 _PROBE_SECONDS = 70.0  # network file systems may keep "not there" in mind for a minute
 
 
@@ -172,7 +173,8 @@ class Run:
         if self._pending is None:
             return
         pending = self._pending
-        timeout = self.timeout if timeout is None else timeout
+        # Ranks that wait for one that is lost give it up after as long: what they say names it.
+        timeout = self.timeout + _GRACE if timeout is None else timeout
         try:
             if pending.taken.exception() is None:
                 pending.taken.result().settle()
@@ -255,7 +257,7 @@ class Run:
             return
         self.is_closed = True
         try:
-            self.settle(self.timeout)
+            self.settle()
         finally:
             self.requests.close()
             self._writer.close(self.timeout.total_seconds())

@@ -67,6 +67,9 @@ def save(
     what = f"save of step {job.progress.step}"
     clock = _Clock()
     draft: Draft | None = None
+    if (planner := format.planner) is not None:
+        # Where this save fails, which it does on all ranks, they agree anew before the next.
+        was_due, planner.is_due = planner.is_due, True
     try:
         together(ranks, f"{what} (snapshot)", lambda: bool(job.snapshot()))
         draft = _to_draft(from_leader(ranks, f"{what} (begin)", lambda: _begin(catalog, job)))
@@ -76,12 +79,10 @@ def save(
         record, is_planned = from_leader(
             ranks, f"{what} (commit)", lambda: _commit(catalog, draft, job, format, told, clock)
         )
-        if format.planner is not None:
-            format.planner.is_due = not is_planned
+        if planner is not None:
+            planner.is_due = was_due or not is_planned
         clock.lap("commit")
     except DistckptError as failure:
-        if format.planner is not None:
-            format.planner.is_due = True  # on all ranks, as it failed on all
         if draft is not None and catalog is not None:
             _abandon(catalog, draft)
         if isinstance(failure, RankFailure):

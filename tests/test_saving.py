@@ -6,10 +6,11 @@ import errno
 from datetime import timedelta
 
 import pytest
+import torch
 from flows import Saves, state_of
 
 from distckpt.catalog import scan
-from distckpt.errors import SaveFailed
+from distckpt.errors import RankFailure, SaveFailed
 from distckpt.formats import Snapshot
 from distckpt.formats.full import Full
 from distckpt.formats.sharded import Sharded
@@ -97,3 +98,54 @@ def test_a_step_that_is_saved_again_has_a_folder_of_its_own(tmp_path):
     first, second = saves.save(3)[0], saves.save(3)[0]
     assert [first.name, second.name] == ["step-00000003", "step-00000003.2"]
     assert committed(saves) == ["step-00000003", "step-00000003.2"]
+
+
+# What the ranks have agreed on
+
+
+def states(*names: str, has_stepped: bool = True) -> Snapshot:
+    model = {name: torch.arange(4.0) for name in names}
+    moments = {name: {"exp_avg": torch.ones(4)} for name in names} if has_stepped else {}
+    return Snapshot({"model": model, "optim": {"state": moments, "param_groups": [{"params": list(names)}]}}, {})
+
+
+def are_due(saves: Saves) -> list[bool]:
+    return [format.planner.is_due for format in saves.formats]
+
+
+def test_ranks_agree_once_and_anew_where_the_state_of_one_became_another(tmp_path):
+    saves = Saves(tmp_path / "run", 3, make_format=Sharded)
+    assert are_due(saves) == [True] * 3
+    saves.save(1, snapshot=lambda rank: states("a"))
+    assert are_due(saves) == [False] * 3
+    saves.save(2, snapshot=lambda rank: states("a", *(["b"] if rank == 1 else [])))
+    assert are_due(saves) == [True] * 3
+    assert list(saves.restore()[0].fitted.snapshot.shared["model"]) == ["a", "b"]
+    saves.save(3, snapshot=lambda rank: states("a", *(["b"] if rank == 1 else [])))
+    assert are_due(saves) == [False] * 3
+
+
+def test_ranks_agree_anew_as_long_as_an_optimizer_has_no_state(tmp_path):
+    saves = Saves(tmp_path / "run", 2, make_format=Sharded)
+    saves.save(1, snapshot=lambda rank: states("a", has_stepped=False))
+    assert are_due(saves) == [True] * 2
+    saves.save(2, snapshot=lambda rank: states("a"))
+    assert are_due(saves) == [False] * 2
+
+
+def test_ranks_agree_anew_after_a_save_that_failed(tmp_path):
+    saves = Saves(tmp_path / "run", 2, make_format=Sharded)
+    saves.save(1)
+    good, saves.stores[1] = saves.stores[1], FaultyStore(saves.stores[1], fail_at=0)
+    assert all(isinstance(one, SaveFailed) for one in saves.save(2))
+    assert are_due(saves) == [True] * 2
+    saves.stores[1] = good
+    assert all(isinstance(one, Record) for one in saves.save(3)) and are_due(saves) == [False] * 2
+
+
+def test_a_state_that_ranks_do_not_hold_alike_is_refused_on_all_of_them_and_nothing_is_written(tmp_path):
+    saves = Saves(tmp_path / "run", 2, make_format=Sharded)
+    told = saves.save(1, snapshot=lambda rank: Snapshot({"model": {"a": torch.zeros(3 + rank)}}, {}))
+    assert {type(one) for one in told} == {RankFailure}
+    assert str(told[0]) == str(told[1]) and "'model.a' is not the same on all ranks" in str(told[0])
+    assert committed(saves) == [] and not [name for name in saves.catalog.store.list() if name.startswith("step-")]
