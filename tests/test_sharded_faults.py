@@ -1,4 +1,4 @@
-"""One rank fails, dies or hangs in a sharded save: nothing is committed, all others learn which, and nothing is lost."""
+"""One rank fails, dies or hangs in a sharded save: nothing is committed, all others learn which, nothing is lost."""
 
 from __future__ import annotations
 
