@@ -21,6 +21,7 @@ _WHOLE = "model.safetensors"
 _OF = re.compile(r"(.*)-([0-9]{5})-of-([0-9]{5})\.safetensors")
 _NUMBERED = re.compile(r"(?:step|checkpoint|global_step)[-_]?([0-9]{1,18})")
 _FSDP = re.compile(r"pytorch_model_fsdp_[0-9]{1,4}")
+_DEEPEST = 3
 _INSIDE = ("sharded", "checkpoint")  # of DCP's safetensors beside what was made of them; of torchtitan
 
 
@@ -45,7 +46,7 @@ def find(path: Path) -> Folder:
         DamagedCheckpoint: naming the file, where it is not what it should be.
         OSError: where it cannot be read.
     """
-    folder = _in(path, _names(path))
+    folder = _in(path)
     if folder is None:
         raise NoCheckpoint(
             f"{path} holds no committed checkpoint, and none of another library: neither {METADATA}, nor {_INDEX}, nor "
@@ -63,7 +64,8 @@ def open_folder(path: Path) -> Folder:
     return SafetensorsFolder(store, _files(path, names, store))
 
 
-def _in(path: Path, names: Sequence[str]) -> Path | None:
+def _in(path: Path, depth: int = 0) -> Path | None:
+    names = _names(path) if depth <= _DEEPEST else []
     if layout.CLAIM in names or any(layout.rank_of(name) is not None for name in names):
         return None  # ours, and it was never committed
     if is_of_single_ranks(names):
@@ -78,10 +80,10 @@ def _in(path: Path, names: Sequence[str]) -> Path | None:
     if of_models:
         return path / of_models[0]
     for name in _INSIDE:
-        if name in names and (found := _in(path / name, _names(path / name))):
+        if name in names and (found := _in(path / name, depth + 1)):
             return found
     for name in sorted(filter(_NUMBERED.fullmatch, names), key=_number, reverse=True):
-        if _is_whole(path / name) and (found := _in(path / name, _names(path / name))):
+        if _is_whole(path / name) and (found := _in(path / name, depth + 1)):
             return found
     return None
 

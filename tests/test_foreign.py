@@ -83,6 +83,12 @@ def test_several_models_of_accelerate_are_refused_by_their_names(tmp_path):
         find(tmp_path)
 
 
+def test_a_folder_in_itself_does_not_hang(tmp_path):
+    (tmp_path / "checkpoint").symlink_to(".")
+    with pytest.raises(NoCheckpoint):
+        find(tmp_path)
+
+
 def test_metadata_of_single_ranks_are_refused_with_the_reason(tmp_path):
     native(tmp_path)
     (tmp_path / ".metadata").rename(tmp_path / "__0.metadata")

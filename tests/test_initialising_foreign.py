@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -208,6 +209,46 @@ def hugging_face(path: Path, model: nn.Module) -> None:
     (path / "config.json").write_text("{}")
 
 
+def save_ours(rank: int, out: str, kind: str, form: Any) -> dict[str, np.ndarray]:
+    model, optimizer = trained(kind)
+    state = {"net": model, "optimizer": optimizer}
+    with distckpt.Checkpointer(out, state, format=form, sync_buffers=False, save_last=False) as ckpt:
+        ckpt.save(wait=True)
+    return told(get_model_state_dict(model))
+
+
+@pytest.mark.parametrize("form, kind, ranks", [("full", "ddp", 2), ("sharded", "fsdp", 2)])
+def test_a_run_of_ours_starts_modules_on_other_ranks(run_ranks, tmp_path, form, kind, ranks):
+    source = tmp_path / "source"
+    saved = run_ranks(ranks, save_ours, str(source), kind, form)
+    (place,) = source.glob("step-*[0-9]")
+    shutil.copytree(place, tmp_path / "copied")
+    for nth, where in enumerate((source, place, tmp_path / "copied")):
+        for started in run_ranks(3, start, str(tmp_path / f"run{nth}"), str(where), "fsdp"):
+            same(saved[0], started)
+
+
+def start_stage(rank: int, run: str, source: str) -> dict[str, np.ndarray]:
+    """What one of two pipeline stages has of the model."""
+    whole = net("plain", seed=4)
+    stage = nn.ModuleDict(
+        {"first": whole.first, "norm": whole.norm} if rank else {"second": whole.second, "low": whole.low}
+    )
+    for name in ("few", "large") if rank else ():
+        stage.register_parameter(name, getattr(whole, name))
+    with distckpt.Checkpointer(run, {"net": stage}, init_from=source, save_last=False) as ckpt:
+        ckpt.resume()
+    return told(stage.state_dict())
+
+
+@pytest.mark.parametrize("how", [by_torchtitan, by_hugging_face_writer])
+def test_pipeline_stages_start_from_what_is_theirs(run_ranks, tmp_path, how):
+    source = str(tmp_path / "source")
+    saved = run_ranks(2, save, source, "fsdp", how)
+    first, second = run_ranks(2, start_stage, str(tmp_path / "run"), source)
+    same(saved[0], first | second)
+
+
 def damaged_start(rank: int, run: str, source: str) -> str:
     try:
         start(rank, run, source, "fsdp")
@@ -377,7 +418,7 @@ def test_a_lost_shard_in_the_middle_is_refused(run_ranks, tmp_path):
     source = tmp_path / "source"
     run_ranks(3, save, str(source), "fsdp", by_hugging_face_writer)
     (source / "shard-00002-model-00001-of-00001.safetensors").unlink()
-    with pytest.raises(DamagedCheckpoint, match="is not whole in its files: .* elements are missing"):
+    with pytest.raises(DamagedCheckpoint, match="it is not whole: .* elements are missing"):
         begin(source, net("plain"))
 
 

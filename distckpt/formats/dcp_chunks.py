@@ -58,9 +58,9 @@ class Chunked:
         self._sizes = _rows([sizes for _, sizes, _ in held], shape)
         if 0 in shape:
             if held:
-                raise ValueError("a part of it has elements, and it has none")
+                raise ValueError("it has no elements, and a part of it has some")
         elif told := fault(shape, self._offsets, self._sizes):
-            raise ValueError(told)
+            raise ValueError(f"it is not whole: {told}")
 
     @property
     def places(self) -> Iterator[tuple[Place, tuple[int, ...]]]:

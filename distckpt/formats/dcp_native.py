@@ -50,7 +50,7 @@ class NativeFolder:
             try:
                 found = Chunked(*described)
             except ValueError as error:
-                raise ValueError(f"{ascii(name)[:80]} is not whole: {error}") from error
+                raise ValueError(f"{ascii(name)[:80]}: {error}") from error
             for place, sizes in found.places:
                 self._check(name, place, found.dtype.itemsize, sizes)
             return found

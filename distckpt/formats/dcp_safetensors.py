@@ -60,7 +60,7 @@ class SafetensorsFolder:
         try:
             return Chunked(self._dtypes[name], tuple(map(max, zip(*ends, strict=True))), parts)
         except ValueError as error:
-            raise DamagedCheckpoint(f"{self.url}: {ascii(name)[:80]} is not whole in its files: {error}") from error
+            raise DamagedCheckpoint(f"{self.url}: {ascii(name)[:80]}: {error}") from error
 
     def value(self, name: str) -> Any:
         raise ValueError("there are only tensors in safetensors files")

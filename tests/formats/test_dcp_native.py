@@ -147,7 +147,7 @@ def test_a_tensor_in_parts_is_read(tmp_path):
 )
 def test_parts_that_are_not_all_of_it_once_are_refused(tmp_path, rows, told):
     chunked(tmp_path, *rows)
-    with pytest.raises(DamagedCheckpoint, match=rf"/\.metadata: 'w' is not whole: .*{told}"):
+    with pytest.raises(DamagedCheckpoint, match=rf"/\.metadata: 'w': it is not whole: .*{told}"):
         read(tmp_path)
 
 

@@ -115,7 +115,7 @@ def test_of_a_file_only_the_rows_are_read_that_are_wanted(tmp_path):
 )
 def test_parts_that_are_not_all_of_it_once_are_refused(tmp_path, parts, told):
     rows(tmp_path, *parts)
-    with pytest.raises(DamagedCheckpoint, match=rf"{tmp_path}: 'w' is not whole in its files: .*{told}"):
+    with pytest.raises(DamagedCheckpoint, match=rf"{tmp_path}: 'w': it is not whole: .*{told}"):
         read(tmp_path)
 
 
