@@ -164,8 +164,10 @@ def _values(
     values = {key: value for key, value in live.items() if key != _PARAMS}
     if not known:
         return values
-    groups = list({id(group): (name, group) for name, group in known.items()}.values())
-    first_name, first = groups[0]
+    named: dict[int, tuple[str, Mapping[str, Any]]] = {}
+    for name, group in known.items():
+        named.setdefault(id(group), (name, group))
+    (first_name, first), *_ = groups = list(named.values())
     for key in dict.fromkeys(chain.from_iterable(group for _, group in groups)):
         if key in _OF_PARAMETERS:
             continue
