@@ -14,17 +14,17 @@ from typing import Any, Literal, Self
 from distckpt import environment
 from distckpt.best import Metric, parse_metrics
 from distckpt.buffers import parse_mode, sync_buffers
+from distckpt.capturing import Capturing
 from distckpt.catalog import scan
 from distckpt.choosing import FORMATS, choose_format
-from distckpt.engine.memory import Size, expected_size
+from distckpt.engine.memory import expected_size
 from distckpt.engine.stager import LEAST_ARENA_BYTES, MODES, Mode, Stager
-from distckpt.formats import Snapshot, Staged
 from distckpt.formats.known import get_format
 from distckpt.judging import Judge
 from distckpt.keeping import LabelledKeeping
 from distckpt.manifest import Record
 from distckpt.progress import Progress
-from distckpt.ranks import Ranks, from_leader, is_leader, together
+from distckpt.ranks import from_leader, together
 from distckpt.ranks.process_group import detect
 from distckpt.resuming import best_of, name_of, resume, start_from
 from distckpt.run import Run
@@ -155,16 +155,17 @@ class Checkpointer:
         store = LocalStore(out_dir, recycles=recycle)
         ranks = detect(timeout)
         size = expected_size(self._parts.shared.values())
-        self._format = choose_format(format, size, ranks)
+        chosen = choose_format(format, size, ranks)
         self._judge = Judge(metrics, max_keep_best, ranks=ranks, records=lambda: self._run.known_records())
         keeping = LabelledKeeping(kept, self._judge)
         self._stager = Stager(snapshot, arena_bytes=arena_bytes, modules=self._parts.modules.values())
-        together(ranks, "memory for snapshots", lambda: self._reserve(size, ranks))
+        self._capturing = Capturing(self._parts, chosen, self._stager, ranks)
+        together(ranks, "memory for snapshots", lambda: self._capturing.reserve(size))
         from_leader(ranks, "creation of the directory", store.make_root)
         self._run = Run(
             store,
             ranks=ranks,
-            format=self._format,
+            format=chosen,
             get_format=get_format,
             keeping=keeping,
             timeout=timeout,
@@ -318,7 +319,7 @@ class Checkpointer:
             RankFailure: on all ranks, where the state of one cannot be stored, or they do not hold it whole and alike.
         """
         self._require_ready()
-        self._run.plan(self._capture)
+        self._run.plan(self._capturing.capture)
 
     def wait(self, timeout: timedelta | None = None) -> None:
         """The save in flight is durable, within ``timeout`` (of the checkpointer, if None). Collective.
@@ -410,8 +411,8 @@ class Checkpointer:
         self._run.collect()
         sync_buffers(self._parts.modules.values(), self._buffers_mode, ranks=self._ranks, timeout=self._timeout)
         self._triggers.restart()
-        self._run.plan(self._capture)
-        job = Job(self._progress, reasons, self._take, metrics=self._metrics, environment=self._environment)
+        self._run.plan(self._capturing.capture)
+        job = Job(self._progress, reasons, self._capturing.take, metrics=self._metrics, environment=self._environment)
         self._run.save(job, began=began, wait=not self._async_save or self._triggers.should_stop)
 
     def _end(self) -> None:
@@ -423,22 +424,6 @@ class Checkpointer:
     def _is_busy(self) -> bool:
         # Whether a writer is done is seen by each rank at another time, so one of them says.
         return bool(from_leader(self._ranks, "look at the writer", lambda: self._run.is_busy))
-
-    def _reserve(self, size: Size, ranks: Ranks) -> None:
-        if self._format.planner is not None:
-            share = size.spread_bytes + size.whole_bytes // ranks.world_size
-            self._stager.reserve(share, is_pinned=size.is_on_device)
-        elif is_leader(ranks):
-            self._stager.reserve(size.total_bytes, is_pinned=size.is_on_device)
-
-    def _capture(self) -> Snapshot:
-        is_sharded = self._format.planner is not None
-        is_mine = is_sharded or is_leader(self._ranks)
-        shared = self._parts.capture_shared(is_leader=is_leader(self._ranks), by_name=is_sharded)
-        return Snapshot(shared if is_mine else {}, self._parts.capture_own())
-
-    def _take(self) -> Staged:
-        return self._stager.take(self._format.lay_out(self._capture(), self._ranks.rank))
 
     def _is_best(self, numbers: Mapping[str, float | None]) -> bool:
         self._run.collect()  # a save in flight may be the best so far, which its record will say

@@ -66,7 +66,7 @@ HANDS = {
     ),
     *(f"engine.{name}" for name in ENGINE),
 }
-INTRODUCED = {"choosing", "exporting", "initialising", "publishing", "hook_words"}
+INTRODUCED = {"capturing", "choosing", "exporting", "initialising", "publishing", "hook_words"}
 RESUMING = {"resuming"}
 RUNS = {"checkpointer", "runner_run"}
 HOOK = {"hook"}
