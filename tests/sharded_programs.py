@@ -141,7 +141,7 @@ def whole(tensor: Tensor) -> np.ndarray:
         halves = [torch.empty_like(local) for _ in range(dist.get_world_size())]
         dist.all_gather(halves, local)
         return torch.stack([one.view(2, -1, 3) for one in halves], dim=1).reshape(24, 3).numpy()
-    return tensor.full_tensor().numpy()
+    return tensor.full_tensor().clone().numpy()
 
 
 def told(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, np.ndarray]:
