@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from datetime import timedelta
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from distckpt import environment
 from distckpt.best import Metric, parse_metrics
@@ -43,6 +43,9 @@ from distckpt.words import (
     refuse_unknown,
 )
 
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.planner import SavePlanner
+
 _log = logging.getLogger("distckpt")
 
 
@@ -71,6 +74,8 @@ class Checkpointer:
             tensors that are spread over ranks (FSDP2, tensor parallel), and its share of those that are not; any number
             of ranks reads it. ``"auto"``: sharded where tensors are spread over ranks, or several ranks have more than
             2 GB to write; the log says so.
+        planner: a ``SavePlanner`` of ``torch.distributed.checkpoint``: its ``create_local_plan``, ``lookup_object`` and
+            ``transform_object`` decide which tensors are saved, and as what. The format is sharded then.
         async_save: whether training goes on while a save is written.
         snapshot: ``"eager"``: a save stops training until the state is copied into host memory. ``"lazy"``: until that
             is copied which may change before the optimizer's next step; weights and moments are copied beside the next
@@ -118,6 +123,7 @@ class Checkpointer:
         keep_for: str | timedelta | None = None,
         keep_bytes: str | int | None = None,
         format: Literal["auto", "full", "sharded"] = "auto",
+        planner: SavePlanner | None = None,
         async_save: bool = True,
         snapshot: Mode = "auto",
         arena_bytes: int | None = None,
@@ -155,7 +161,7 @@ class Checkpointer:
         store = LocalStore(out_dir, recycles=recycle)
         ranks = detect(timeout)
         size = expected_size(self._parts.shared.values())
-        chosen = choose_format(format, size, ranks)
+        chosen = choose_format(format, size, ranks, planner=planner)
         self._judge = Judge(metrics, max_keep_best, ranks=ranks, records=lambda: self._run.known_records())
         keeping = LabelledKeeping(kept, self._judge)
         self._stager = Stager(snapshot, arena_bytes=arena_bytes, modules=self._parts.modules.values())

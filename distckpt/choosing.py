@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import logging
+from typing import cast
+
+from torch.distributed.checkpoint.planner import SavePlanner
 
 from distckpt.engine.memory import Size
 from distckpt.formats import Format
+from distckpt.formats.dcp_planner import check_planner
 from distckpt.formats.full import Full
 from distckpt.formats.sharded import Sharded
 from distckpt.ranks import Ranks, is_leader, together
@@ -17,8 +21,18 @@ FORMATS = ("auto", "full", "sharded")
 _LARGE_BYTES = 2_000_000_000
 
 
-def choose_format(word: str, size: Size, ranks: Ranks) -> Format:
-    """The format that ``word``, one of `FORMATS`, asks for. Collective where it is ``"auto"``."""
+def choose_format(word: str, size: Size, ranks: Ranks, *, planner: object = None) -> Format:
+    """The format that ``word``, one of `FORMATS`, asks for. Collective where it is ``"auto"`` and there is no planner.
+
+    Raises:
+        TypeError: where ``planner`` is none that can be used.
+        ValueError: where the format has no use for it.
+    """
+    if planner is not None:
+        check_planner(planner)
+        if word == "full":
+            raise ValueError('planner: rank 0 writes the full format without one; it is for format="sharded"')
+        return Sharded(cast(SavePlanner, planner))
     if word != "auto":
         return Full() if word == "full" else Sharded()
     told = together(ranks, "choice of a format", lambda: [size.spread_bytes, size.whole_bytes])

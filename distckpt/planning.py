@@ -20,6 +20,6 @@ def plan(ranks: Ranks, planner: Planner, capture: Callable[[], Snapshot]) -> Non
         RankFailure: on all ranks, where the state of one cannot be stored, or where they do not hold it whole and
             alike.
     """
-    digests = together(ranks, f"{_DURING} (look)", lambda: planner.look(capture()))
+    digests = together(ranks, f"{_DURING} (look)", lambda: planner.look(capture(), ranks.rank))
     told = to_leader(ranks, f"{_DURING} (tell)", lambda: planner.tell(ranks.rank, digests))
     planner.take(ranks.rank, from_leader(ranks, _DURING, lambda: planner.plan(told)))

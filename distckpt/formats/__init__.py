@@ -182,7 +182,7 @@ class Planner(Protocol):
 
     is_due: bool
 
-    def look(self, snapshot: Snapshot) -> str:
+    def look(self, snapshot: Snapshot, rank: int) -> str:
         """What this rank knows of the job's state, as a digest."""
         ...
 

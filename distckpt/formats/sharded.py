@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from torch.distributed.checkpoint.planner import SavePlanner
+
 from distckpt.formats import Image, Opened, Snapshot, Written
 from distckpt.formats.amending import amended
 from distckpt.formats.held import Told
@@ -30,8 +32,9 @@ class Sharded:
         "storage_reader=torch.distributed.checkpoint.HuggingFaceStorageReader('.'))"
     )
 
-    def __init__(self) -> None:
-        self._layouts = ShardedLayouts()
+    def __init__(self, planner: SavePlanner | None = None) -> None:
+        """``planner``: what decides what is saved of each tensor; see `distckpt.formats.dcp_planner`."""
+        self._layouts = ShardedLayouts(planner)
         self.planner = _Planner(self._layouts)
 
     def lay_out(self, snapshot: Snapshot, rank: int) -> list[Image]:
@@ -59,8 +62,8 @@ class _Planner:
         self.made = Plan((), {}, {})
         self.is_due = True
 
-    def look(self, snapshot: Snapshot) -> str:
-        self._seen = self._layouts.see(snapshot)
+    def look(self, snapshot: Snapshot, rank: int) -> str:
+        self._seen = self._layouts.see(snapshot, rank)
         self._layouts.look(self._seen)
         return self._layouts.schema
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
+from torch.distributed.checkpoint.planner import SavePlanner
 
 from distckpt import layout, strict_json
 from distckpt.chunks import Chunks
 from distckpt.formats import Image, Snapshot
 from distckpt.formats import tree as trees
+from distckpt.formats.dcp_planner import planned
 from distckpt.formats.form import Form
 from distckpt.formats.held import Holding
 from distckpt.formats.safetensors_file import DTYPES
@@ -82,13 +85,17 @@ class _File:
 class ShardedLayouts:
     """Lays out what one rank writes, and remembers how.
 
+    Args:
+        planner: what makes of the tensors what is saved of them; ``None``: that is what they are.
+
     Attributes:
         holding: what this rank held when it last looked.
         schema: what it knew of the job's tensors then, as a digest.
         is_first: whether no rank before this one knew the same.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, planner: SavePlanner | None = None) -> None:
+        self._planner = planner
         self._forms: dict[str, tuple[Form, Sequence[tuple[str, int]]]] = {}
         self._parts: Sequence[str] = ()
         self.holding = Holding((), ())
@@ -100,12 +107,20 @@ class ShardedLayouts:
         self.schema = ""
         self.is_first = True
 
-    def see(self, snapshot: Snapshot) -> Seen:
+    def see(self, snapshot: Snapshot, rank: int) -> Seen:
         """The job's state, taken apart. Costs no copy of a tensor.
 
         Raises:
             TypeError: naming the place of a value that cannot be stored.
         """
+        seen = self._see(snapshot)
+        if self._planner is not None:
+            seen = _planned(self._planner, seen, is_leader=rank == LEADER)
+        if not seen.is_as_before:
+            self._files = None
+        return seen
+
+    def _see(self, snapshot: Snapshot) -> Seen:
         tensors: dict[str, Tensor] = {}
         texts: dict[str, str] = {}
         is_as_before = self._parts == (parts := tuple(snapshot.shared))
@@ -116,8 +131,6 @@ class ShardedLayouts:
             tensors |= matched[0]
             texts[part] = matched[1]
         self._parts = parts
-        if not is_as_before:
-            self._files = None
         return Seen(tensors, texts, is_as_before, any(map(_is_growing, snapshot.shared.values())))
 
     def look(self, seen: Seen) -> None:
@@ -136,7 +149,7 @@ class ShardedLayouts:
     def lay_out(self, snapshot: Snapshot, rank: int) -> list[Image]:
         """See `distckpt.formats.Format.lay_out`. A rank whose state has become another since the plan was made writes
         all that it has, and tells: nobody knows whether others still hold, and so write, what it shares with them."""
-        seen = self.see(snapshot)
+        seen = self.see(snapshot, rank)
         own, told = _own(snapshot.own, rank)
         own_kinds = {key: _likeness(tensor) for key, tensor in own.items()}
         if self._files is None or own_kinds != self._own_kinds:
@@ -207,12 +220,24 @@ class ShardedLayouts:
         return _File(replace(image, tensors=()), [*own], pieces, [places[key] for key in image.keys])
 
 
+def _planned(planner: SavePlanner, seen: Seen, *, is_leader: bool) -> Seen:
+    """What ``planner`` makes of it: nobody knows whether that is as before."""
+    tensors = planned(planner, seen.tensors, is_leader=is_leader)
+    texts = dict(seen.texts)
+    for part, text in seen.texts.items():
+        prefix = f"{part}."
+        if left := {key.removeprefix(prefix) for key in seen.tensors.keys() - tensors.keys() if key.startswith(prefix)}:
+            texts[part] = strict_json.dump(trees.without(json.loads(text), left, part)).decode()
+    return replace(seen, tensors=tensors, texts=texts, is_as_before=False)
+
+
 def _is_growing(state: Any) -> bool:
     """Whether it is of an optimizer that took no step yet."""
     if not isinstance(state, dict) or state.get("state") != {}:
         return False
-    groups = state.get("param_groups")
-    return isinstance(groups, list) and any(isinstance(one, dict) and one.get("params") for one in groups)
+    groups = state.get("param_groups")  # by name, where they are known by the names of their parameters
+    found = [*groups.values()] if isinstance(groups, dict) else groups
+    return isinstance(found, list) and any(isinstance(one, dict) and one.get("params") for one in found)
 
 
 def _likeness(tensor: Tensor) -> _Likeness:

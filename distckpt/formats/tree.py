@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import math
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,6 +43,36 @@ def encode(
     """
     found = _Found(path, told or _as_it_is, may_be_spread=may_be_spread)
     return _encode(value, "", found), found.tensors, found.aliases
+
+
+def without(value: Any, keys: Collection[str], path: str) -> Any:
+    """``value``, as `encode` returns it, without the tensors of these ``keys``.
+
+    Raises:
+        TypeError: naming one, below ``path``, that is the element of a list, which would become shorter.
+    """
+    if type(value) is list:
+        for one in value:
+            if _refers_to(one, keys):
+                raise TypeError(f"{path}.{_key_in(one)} is in a list, and cannot be left out of it")
+        return [without(one, keys, path) for one in value if not _is_pair_of(one, keys)]
+    if type(value) is dict:
+        return {key: without(one, keys, path) for key, one in value.items() if not _refers_to(one, keys)}
+    return value
+
+
+def _is_pair_of(value: Any, keys: Collection[str]) -> bool:
+    """Whether it is the item of a dict that JSON cannot hold as one, and one of ``keys`` its value."""
+    return type(value) is list and len(value) == 2 and _refers_to(value[1], keys)
+
+
+def _refers_to(value: Any, keys: Collection[str]) -> bool:
+    return type(value) is dict and _TENSOR in value and _key_in(value) in keys
+
+
+def _key_in(value: dict[str, Any]) -> str:
+    told = value[_TENSOR]
+    return told if type(told) is str else told[0]
 
 
 class Reference(NamedTuple):
