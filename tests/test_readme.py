@@ -11,7 +11,7 @@ import distckpt
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-QUICK_START, OWN_LOOP, PLAIN_READING, MMENGINE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+QUICK_START, OWN_LOOP, PLAIN_READING, SHARDED, MMENGINE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 SHORT_START = QUICK_START.replace("10_000", "2_000")
 
 
@@ -75,6 +75,14 @@ def test_what_was_saved_is_read_without_distckpt(names):
     trained = names["model"].weight.detach().clone()
     nn.init.zeros_(names["model"].weight)
     exec(PLAIN_READING, names)
+    assert torch.equal(names["model"].weight, trained)
+
+
+def test_what_was_cut_over_ranks_is_read_without_distckpt(names):
+    exec(SHORT_START.replace("interval=", 'format="sharded", interval='), names)
+    trained = names["model"].weight.detach().clone()
+    nn.init.zeros_(names["model"].weight)
+    exec(SHARDED, names)
     assert torch.equal(names["model"].weight, trained)
 
 
