@@ -41,6 +41,7 @@ HANDS = {
     *("formats.tensor_pickle", "formats.zip_archive", "formats.zip_image"),
     *("formats.amending", "formats.boxes", "formats.held", "formats.merging", "formats.shard_file", "formats.sharded"),
     *("formats.sharded_layout", "formats.sharded_plan", "formats.sharded_reading", "formats.shards", "formats.sharing"),
+    *("formats.dcp_planner", "formats.gathered", "formats.tiling"),
     *("formats.full_reading", "formats.safetensors_reading", "formats.filling", "formats.hashing", "formats.stand_ins"),
     *("formats.streaming", "formats.placeholders"),
     *("formats.export_dcp", "formats.export_hf", "formats.export_pth", "formats.export_safetensors"),

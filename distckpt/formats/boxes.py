@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from distckpt.progressions import condensed
+
 Ints = NDArray[np.int64]
 
 _PAIRS_AT_ONCE = 1 << 20
@@ -30,9 +32,63 @@ def fault(shape: Sequence[int], offsets: Ints, sizes: Ints) -> str:
     held, all_of_it = int(sizes.prod(axis=1).sum()), math.prod(shape)
     if held < all_of_it:
         return f"{all_of_it - held} of its {all_of_it} elements are missing"
+    if (
+        held == all_of_it
+        and _follow(np.broadcast_to(whole, offsets.shape), offsets, sizes, _only_first(len(offsets))).all()
+    ):
+        return ""
     if held > all_of_it or not _are_apart(offsets, offsets + sizes):
         return "parts of it overlap"
     return ""
+
+
+def are_whole(wholes: Ints, offsets: Ints, sizes: Ints, is_first: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Which of many tensors are covered, each element once, by boxes that were cut from them in turn, in order.
+
+    Where it says no, `fault` knows.
+
+    Args:
+        wholes: of each box, the shape of its tensor, which has elements.
+        offsets, sizes: of the boxes of one tensor after another, each as `corners` sorts them.
+        is_first: which begin a tensor.
+    """
+    follow = _follow(wholes, offsets, sizes, is_first)
+    if not len(follow):
+        return follow
+    whole: NDArray[np.bool_] = np.logical_and.reduceat(follow, np.flatnonzero(is_first))
+    return whole
+
+
+def grid_of(offsets: Ints, sizes: Ints) -> tuple[Sequence[int], ...] | None:
+    """Where the parts of each dimension begin, as `progressions.condensed` has it, if these boxes are the cells of a
+    grid; ``None`` where they are not.
+
+    Args:
+        offsets, sizes: of boxes that cover a tensor, each element once, as `corners` sorts them.
+    """
+    starts = [_distinct(column) for column in offsets.T]
+    if math.prod(map(len, starts)) != len(offsets):
+        return None
+    return tuple(_condensed(of) for of in starts)
+
+
+def cells(shape: Sequence[int], starts: Sequence[Sequence[int]]) -> tuple[Ints, Ints]:
+    """Offsets and sizes of the cells of that grid, sorted as `corners` does: the inverse of `grid_of`."""
+    begins = [np.array(of, dtype=np.int64) for of in starts]
+    extents = [np.diff(of, append=extent) for of, extent in zip(begins, shape, strict=True)]
+    count = math.prod(map(len, begins))
+    offsets, sizes = (
+        np.stack([one.ravel() for one in np.meshgrid(*of, indexing="ij")], axis=1) if of else np.empty((1, 0), np.int64)
+        for of in (begins, extents)
+    )
+    assert len(offsets) == count
+    return offsets, sizes
+
+
+def corners(shape: Sequence[int], offsets: Ints) -> Ints:
+    """Where each box begins in the tensor's elements, as they lie one after another."""
+    steps = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
+    return offsets @ np.array(steps, dtype=np.int64)
 
 
 def overlaps(offset: Sequence[int], size: Sequence[int], offsets: Ints, sizes: Ints) -> tuple[Ints, Ints, Ints]:
@@ -42,6 +98,46 @@ def overlaps(offset: Sequence[int], size: Sequence[int], offsets: Ints, sizes: I
     high = np.minimum(offsets + sizes, mine + np.array(size, dtype=np.int64))
     found = np.flatnonzero((high > low).all(axis=1))
     return found, low[found], high[found]
+
+
+def _follow(wholes: Ints, offsets: Ints, sizes: Ints, is_first: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Whether each box begins where the one before it ends: in one dimension, if both are alike in those before it, and
+    the one ends, and the other begins, with the whole in those behind it. The first begins, the last ends with it.
+    """
+    ends = offsets + sizes
+    is_inside = ((offsets >= 0) & (sizes > 0) & (sizes <= wholes) & (offsets <= wholes - sizes)).all(axis=1)
+    begins, is_at_end = offsets == 0, ends == wholes
+    follow = begins.all(axis=1)
+    alike = (offsets[1:] == offsets[:-1]) & (sizes[1:] == sizes[:-1])
+    turns = is_at_end[:-1] & begins[1:]
+    goes_on = np.zeros(len(alike), dtype=bool)
+    for dim in range(wholes.shape[1]):
+        behind = alike[:, :dim].all(axis=1) & turns[:, dim + 1 :].all(axis=1)
+        goes_on |= behind & (offsets[1:, dim] == ends[:-1, dim])
+    follow[1:] = np.where(is_first[1:], follow[1:], goes_on)
+    is_last = np.append(is_first[1:], True)
+    sound: NDArray[np.bool_] = follow & is_inside & (is_at_end.all(axis=1) | ~is_last)
+    return sound
+
+
+def _only_first(count: int) -> NDArray[np.bool_]:
+    is_first = np.zeros(count, dtype=bool)
+    is_first[:1] = True
+    return is_first
+
+
+def _distinct(column: Ints) -> Ints:
+    """The numbers in it, sorted, each once."""
+    if not column.any():
+        return column[:1]
+    return column if (column[1:] > column[:-1]).all() else np.unique(column)
+
+
+def _condensed(numbers: Ints) -> Sequence[int]:
+    if len(numbers) > 1 and ((steps := np.diff(numbers)) == steps[0]).all():
+        step = int(steps[0])
+        return range(int(numbers[0]), int(numbers[0]) + step * len(numbers), step)
+    return condensed(numbers.tolist())
 
 
 def _are_apart(lows: Ints, highs: Ints) -> bool:

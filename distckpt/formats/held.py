@@ -6,6 +6,8 @@ import base64
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +18,8 @@ from distckpt.formats.boxes import Ints
 from distckpt.formats.safetensors_file import DTYPES
 from distckpt.formats.shards import Box, boxes_of
 from distckpt.manifest import digest
+
+Shape = tuple[int, ...]
 
 
 class Kind(NamedTuple):
@@ -41,33 +45,53 @@ class Holding:
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> Holding:
-        """What this rank has of these tensors, of dtypes in `DTYPES`."""
+        """What this rank has of these tensors, of dtypes in `DTYPES`.
+
+        Raises:
+            TypeError: naming one of which it cannot be said.
+        """
         found: list[tuple[Kind, Box | None]] = []
         for key, tensor in tensors.items():
+            try:
+                boxes: Sequence[Box | None] = boxes_of(tensor) or (None,)
+            except TypeError as error:
+                raise TypeError(f"{ascii(key)[1:-1][:120]} cannot be saved: {error}") from error
             dtype, shape = DTYPES[tensor.dtype], tuple(tensor.shape)
-            boxes: Sequence[Box | None] = boxes_of(tensor) or (None,)
             found += [(Kind(key, nth, dtype, shape), box) for nth, box in enumerate(boxes)]
         found.sort(key=lambda one: one[0])
         return cls([kind for kind, _ in found], [box for _, box in found])
 
     def schema(self) -> bytes:
-        """Its kinds as JSON."""
-        return strict_json.dump([list(kind) for kind in self.kinds])
+        """Its kinds, in few bytes."""
+        return self._schema
 
     def tell(self, *, is_schema_told: bool) -> dict[str, Any]:
-        """It, for `Told.parse`. Of many ranks that know the same tensors one tells what they are."""
-        rows: dict[Box | None, int] = {}
-        ids = [rows.setdefault(box, len(rows)) for box in self.boxes]
-        most = max((len(kind.shape) for kind in self.kinds), default=0)
-        table = np.array([_row(box, most) for box in rows], dtype=np.int64).reshape(len(rows), 2 * most + 1)
-        schema = self.schema()
+        """It, for `Told.parse`, as JSON. Of many ranks that know the same tensors one tells what they are.
+
+        The boxes that it has of tensors of one shape are told once each. As a rule there is one, whatever the rank: so
+        which one it has of each tensor is a row of zeros, and what a rank tells grows with the shapes that there are.
+        """
+        rows: dict[Shape, dict[Box | None, int]] = {}
+        which = []
+        for kind, box in zip(self.kinds, self.boxes, strict=True):
+            if (known := rows.get(kind.shape)) is None:
+                known = rows[kind.shape] = {}
+            which.append(known.setdefault(box, len(known)))
+        table = [_row(box, len(shape)) for shape, boxes in rows.items() for box in boxes]
         return {
-            "schema": digest(schema),
-            "text": _packed(schema) if is_schema_told else "",
-            "rows": _packed(table.tobytes()),
-            "ids": pack_numbers(np.array(ids)),
-            "most": most,
+            "schema": digest(self._schema),
+            "text": _packed(self._schema) if is_schema_told else "",
+            "which": pack_numbers(np.array(which, dtype=np.int64)) if any(which) else "",
+            "rows": pack_numbers(np.array(list(chain.from_iterable(table)), dtype=np.int64)),
         }
+
+    @cached_property
+    def _schema(self) -> bytes:
+        shapes: dict[tuple[str, Shape], int] = {}
+        of = [shapes.setdefault((kind.dtype, kind.shape), len(shapes)) for kind in self.kinds]
+        several = {nth: kind.nth for nth, kind in enumerate(self.kinds) if kind.nth}
+        told = {"keys": [kind.key for kind in self.kinds], "of": of, "shapes": [*shapes], "several": [*several.items()]}
+        return strict_json.dump(told)
 
 
 @dataclass(frozen=True)
@@ -75,44 +99,72 @@ class Told:
     """What a rank told of what it holds.
 
     Attributes:
-        rows: the boxes that occur: whether there is one, its offsets, its sizes.
-        ids: of each tensor, which row.
+        schema: the digest of its kinds.
+        kinds: where it told them.
+        which: as text, of each of its tensors the how-manieth of the boxes that this rank has of that shape it has.
+            Nothing, where that is the first one of each.
+        rows: the boxes of each shape, one after another: whether it has it, its offsets, its sizes. `Rows` tells where.
     """
 
     schema: str
     kinds: Sequence[Kind] | None
+    which: str
     rows: Ints
-    ids: Ints
-    most: int
 
     @classmethod
     def parse(cls, told: Mapping[str, Any]) -> Told:
-        most = told["most"]
-        rows = np.frombuffer(_unpacked(told["rows"]), dtype=np.int64).reshape(-1, 2 * most + 1)
-        kinds = _kinds(told["text"]) if told["text"] else None
-        return cls(told["schema"], kinds, rows, unpack_numbers(told["ids"]), most)
+        """What was told."""
+        kinds = _kinds(_unpacked(told["text"])) if told["text"] else None
+        return cls(told["schema"], kinds, told["which"], unpack_numbers(told["rows"]))
 
 
-def pack_numbers(numbers: Ints) -> str:
-    """Small numbers as text."""
-    return _packed(numbers.astype(np.uint32).tobytes())
+class Rows:
+    """Where ranks that know the same tensors tell of them.
+
+    Attributes:
+        shapes: of the tensors, each once.
+        shape_of: of each tensor, which it is.
+    """
+
+    def __init__(self, kinds: Sequence[Kind]) -> None:
+        shapes: dict[Shape, int] = {}
+        self.shape_of = np.array([shapes.setdefault(kind.shape, len(shapes)) for kind in kinds], dtype=np.int64)
+        self.shapes = list(shapes)
+        self._widths = np.array([1 + 2 * len(shape) for shape in self.shapes], dtype=np.int64)
+
+    def begins(self, which: str) -> Ints:
+        """Of each tensor where its box begins among the rows of a rank that told that."""
+        nth = unpack_numbers(which) if which else np.zeros(len(self.shape_of), dtype=np.int64)
+        counts = np.zeros(len(self.shapes), dtype=np.int64)
+        np.maximum.at(counts, self.shape_of, nth + 1)
+        sizes = counts * self._widths
+        begins: Ints = (np.cumsum(sizes) - sizes)[self.shape_of] + nth * self._widths[self.shape_of]
+        return begins
 
 
-def unpack_numbers(text: str) -> Ints:
+def pack_numbers(numbers: np.ndarray) -> str:
+    """Numbers as text: whole ones that are not below zero, in as few bytes as the largest of them needs, or others."""
+    if numbers.dtype.kind != "f":
+        numbers = numbers.astype(np.min_scalar_type(int(numbers.max(initial=0))))
+    return f"{numbers.dtype.str[1:]}:{_packed(numbers.tobytes())}"
+
+
+def unpack_numbers(text: str) -> np.ndarray:
     """The inverse of `pack_numbers`."""
-    return np.frombuffer(_unpacked(text), dtype=np.uint32).astype(np.int64)
+    dtype, _, packed = text.partition(":")
+    return np.frombuffer(_unpacked(packed), dtype=dtype)
 
 
-def _kinds(text: str) -> list[Kind]:
-    told = strict_json.load(b'{"kinds":' + _unpacked(text) + b"}", "what a rank holds")["kinds"]
-    return [Kind(key, nth, dtype, tuple(shape)) for key, nth, dtype, shape in told]
+def _kinds(schema: bytes) -> list[Kind]:
+    told = strict_json.load(schema, "what a rank holds")
+    shapes = [(dtype, tuple(shape)) for dtype, shape in told["shapes"]]
+    nths = dict(told["several"])
+    kinds = zip(told["keys"], told["of"], strict=True)
+    return [Kind(key, nths.get(number, 0), *shapes[of]) for number, (key, of) in enumerate(kinds)]
 
 
-def _row(box: Box | None, most: int) -> list[int]:
-    if box is None:
-        return [0] * (2 * most + 1)
-    rest = [0] * (most - len(box.offsets))
-    return [1, *box.offsets, *rest, *box.sizes, *rest]
+def _row(box: Box | None, dims: int) -> Sequence[int]:
+    return (0,) * (1 + 2 * dims) if box is None else (1, *box.offsets, *box.sizes)
 
 
 def _packed(data: bytes) -> str:

@@ -1,28 +1,26 @@
-"""Who writes what of a job's state: worked out by the leader from what all ranks hold, and by each rank for itself.
-
-Tensors that lie on the same ranks in the same boxes are one class, and looked at once: a model has thousands of
-tensors, and tens of classes.
-"""
+"""Who writes what of a job's state: worked out by the leader from what all ranks hold, and by each rank for itself."""
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from distckpt import layout
-from distckpt.chunks import Chunks
-from distckpt.formats.boxes import Ints, fault
-from distckpt.formats.held import Holding, Kind, Told, pack_numbers, unpack_numbers
+from distckpt import layout, progressions
+from distckpt.chunks import Chunks, Grid
+from distckpt.formats.boxes import Ints, corners, grid_of
+from distckpt.formats.gathered import Alike, Gathered, gathered
+from distckpt.formats.held import Holding, Told, pack_numbers, unpack_numbers
 from distckpt.formats.safetensors_file import ITEM_BYTES
-from distckpt.formats.sharing import Group, Shares, group_of, share
+from distckpt.formats.sharing import Group, group_of, share
 from distckpt.manifest import TensorGroup
 
-_NONE = 0xFFFFFFFF
-_BLOCK = 1 << 22  # elements that are worked on at once
+_CUT = -1  # in place of the rank that writes a box, where several do
+_MOST_RANKS = 1 << 30
 
 
 class Part(NamedTuple):
@@ -54,26 +52,35 @@ def make_plan(told: Sequence[Told]) -> Plan:
     Raises:
         ValueError: naming a tensor that is not the same on all ranks, or that they do not hold whole.
     """
-    return _Planner(told).plan()
+    held = gathered(told)
+    sharing = _Sharing(held, len(told))
+    partition_of = np.array([one.partition for one in held.alike], dtype=np.int64)[held.class_of]
+    numbers = {holders: number for number, holders in enumerate(sharing.groups)}
+    answer = {
+        "partitions": {schema: pack_numbers(partition_of[places]) for schema, places in held.places.items()},
+        "shared": [[numbers[one] for one in holders if len(one) > 1] for holders in held.partitions],
+        "groups": [_group_to_json(holders, group) for holders, group in sharing.groups.items()],
+    }
+    return Plan(_Writing(held, sharing).groups(), _holders_of(held), answer)
 
 
 def parts_of(holding: Holding, rank: int, answer: Mapping[str, Any], schema: str) -> list[Part]:
     """What this rank writes: of what it alone holds all, else its share."""
-    class_of = unpack_numbers(answer["classes"][schema]).tolist()
-    mine = [next((one for one in of if rank in answer["groups"][one]["held_by"]), None) for of in answer["partitions"]]
+    groups = [_group_from_json(one) for one in answer["groups"]]
+    mine = {number for number, (holders, _) in enumerate(groups) if rank in holders}
+    group_of_partition = [next((one for one in of if one in mine), None) for of in answer["shared"]]
     shared: defaultdict[int, list[int]] = defaultdict(list)
     parts = []
-    for nth, (box, number) in enumerate(zip(holding.boxes, class_of, strict=True)):
+    partitions = unpack_numbers(answer["partitions"][schema]).tolist()
+    for nth, (box, partition) in enumerate(zip(holding.boxes, partitions, strict=True)):
         if box is None:
             continue
-        group = mine[answer["partition_of"][number]]
-        if group is None:
+        if (number := group_of_partition[partition]) is None:
             parts.append(Part(nth, (0,) * len(box.sizes), box.sizes))
         else:
-            shared[group].append(nth)
+            shared[number].append(nth)
     for number, items in shared.items():
-        told = answer["groups"][number]
-        group = Group(tuple(told["ranks"]), tuple(told["capacities"]))
+        group = groups[number][1]
         if rank in group.ranks:
             parts += _share_of(holding, items, group, group.ranks.index(rank))
     return parts
@@ -81,9 +88,10 @@ def parts_of(holding: Holding, rank: int, answer: Mapping[str, Any], schema: str
 
 def _share_of(holding: Holding, items: Sequence[int], group: Group, at: int) -> list[Part]:
     sizes = [box.sizes for nth in items if (box := holding.boxes[nth]) is not None]
-    item_bytes = [ITEM_BYTES[holding.kinds[nth].dtype] for nth in items]
-    volumes = [int(np.prod(size, dtype=np.int64)) for size in sizes]
-    shares = share(group, sizes, np.array(volumes, dtype=np.int64) * np.array(item_bytes, dtype=np.int64))
+    item_bytes = [
+        ITEM_BYTES[holding.kinds[nth].dtype] * math.prod(size) for nth, size in zip(items, sizes, strict=True)
+    ]
+    shares = share(group, sizes, np.array(item_bytes, dtype=np.int64))
     parts = [
         Part(items[one], (0,) * len(sizes[one]), sizes[one]) for one in np.flatnonzero(shares.owners == at).tolist()
     ]
@@ -96,298 +104,210 @@ def _share_of(holding: Holding, items: Sequence[int], group: Group, at: int) -> 
     return parts
 
 
-@dataclass
-class _Class:
-    """Tensors of one shape that lie alike.
+def _group_to_json(holders: tuple[int, ...], group: Group) -> Any:
+    return {
+        "held_by": progressions.told(holders),
+        "ranks": progressions.told(group.ranks),
+        "capacities": pack_numbers(np.array(group.capacities, dtype=np.float64)),
+    }
+
+
+def _group_from_json(told: Any) -> tuple[Sequence[int], Group]:
+    holders, ranks = (progressions.read(told[name], _MOST_RANKS, "the plan") for name in ("held_by", "ranks"))
+    return holders, Group(tuple(ranks), tuple(unpack_numbers(told["capacities"]).tolist()))
+
+
+def _holders_of(held: Gathered) -> dict[str, frozenset[int]]:
+    of_partition = [frozenset(rank for ranks in holders for rank in ranks) for holders in held.partitions]
+    found: dict[str, frozenset[int]] = {}
+    for kind, number in zip(held.kinds, held.class_of.tolist(), strict=True):
+        ranks = of_partition[held.alike[number].partition]
+        found[kind.key] = found[kind.key] | ranks if kind.nth else ranks
+    return found
+
+
+class _Parted:
+    """The tensors of one partition, of which several ranks hold boxes alike.
 
     Attributes:
-        members: which tensors.
-        boxes: the rows of the table that they consist of.
-        partition: which ranks hold which of the boxes.
-        owners: by member and box, the rank that writes it; -1 where several do.
+        tensors: which of all they are, sorted.
+        owners: by tensor and box, the rank that writes it.
     """
 
-    shape: tuple[int, ...]
-    members: Ints
-    boxes: Ints
-    partition: int
-    owners: Ints = field(default_factory=lambda: np.empty((0, 0), dtype=np.int64))
-
-
-class _Planner:
-    def __init__(self, told: Sequence[Told]) -> None:
-        self._told = told
-        self._world_size = len(told)
-        self._kinds, self._places = _union(told)
-        self._table, self._ids = _table(told)
-        self._item_bytes = np.array([ITEM_BYTES[kind.dtype] for kind in self._kinds], dtype=np.int64)
-        self._loads = np.zeros(self._world_size)
-        self._partitions: dict[bytes, int] = {}
-        self._holders: list[list[tuple[int, ...]]] = []  # of each partition, the ranks that hold each box
-        self._cuts: dict[tuple[int, int], list[tuple[int, int, int, int]]] = {}  # by tensor and box
-
-    def plan(self) -> Plan:
-        class_of, classes = self._classes()
-        self._check(classes)
-        at = np.empty(len(self._kinds), dtype=np.int64)
-        for one in classes:
-            at[one.members] = np.arange(len(one.members))
-            self._own(one)
-        groups = self._share(classes, at)
-        numbers = {holders: number for number, holders in enumerate(groups)}
-        answer = {
-            "classes": {schema: pack_numbers(class_of[places]) for schema, places in self._places.items()},
-            "partition_of": [one.partition for one in classes],
-            "partitions": [[numbers[one] for one in holders if len(one) > 1] for holders in self._holders],
-            "groups": [
-                {"held_by": holders, "ranks": group.ranks, "capacities": group.capacities}
-                for holders, group in groups.items()
-            ],
-        }
-        return Plan(self._groups(classes), self._holders_of(classes), answer)
-
-    def _classes(self) -> tuple[Ints, list[_Class]]:
-        matrix = np.full((len(self._kinds), self._world_size), _NONE, dtype=np.uint32)
-        for rank, (told, ids) in enumerate(zip(self._told, self._ids, strict=True)):
-            matrix[self._places[told.schema], rank] = ids
-        shapes: dict[tuple[int, ...], int] = {}
-        shape_of = np.array([shapes.setdefault(kind.shape, len(shapes)) for kind in self._kinds], dtype=np.uint64)
-        hashes = _hash(matrix, seed=1) + shape_of * np.uint64(0x9E3779B97F4A7C15)
-        _, first, class_of = np.unique(hashes, return_index=True, return_inverse=True)
-        for begin in range(0, len(matrix), step := max(_BLOCK // self._world_size, 1)):
-            some = slice(begin, begin + step)
-            assert (matrix[some] == matrix[first[class_of[some]]]).all(), "two hashes are equal"
-        order = np.argsort(class_of, kind="stable")
-        members = np.split(order, np.cumsum(np.bincount(class_of, minlength=len(first)))[:-1]) if len(first) else []
-        classes = [self._class(self._kinds[one].shape, of, matrix[one]) for one, of in zip(first, members, strict=True)]
-        return class_of.astype(np.int64), classes
-
-    def _class(self, shape: tuple[int, ...], members: Ints, row: np.ndarray) -> _Class:
-        ranks = np.flatnonzero(row != _NONE)
-        boxes, first, of = np.unique(row[ranks], return_index=True, return_inverse=True)
-        order = np.argsort(first)
-        label = np.empty(len(boxes), dtype=np.int64)
-        label[order] = np.arange(len(boxes))
-        labels = label[of]
-        key = ranks.tobytes() + labels.tobytes()
-        if (partition := self._partitions.get(key)) is None:
-            partition = self._partitions[key] = len(self._holders)
-            by_label = np.argsort(labels, kind="stable")
-            parted = np.split(ranks[by_label], np.cumsum(np.bincount(labels, minlength=len(boxes)))[:-1])
-            self._holders.append([tuple(one.tolist()) for one in parted] if len(boxes) else [])
-        return _Class(shape, members, boxes[order].astype(np.int64), partition)
-
-    def _check(self, classes: Sequence[_Class]) -> None:
-        """Every tensor is held whole, and no part of it by two that hold different parts."""
-        several = {kind.key for kind in self._kinds if kind.nth}
-        loose: defaultdict[str, list[Ints]] = defaultdict(list)
-        for one in classes:
-            keys = [self._kinds[nth].key for nth in one.members.tolist()] if several else []
-            for key in several.intersection(keys):
-                loose[key].append(one.boxes)
-            if len(several.intersection(keys)) < len(one.members):
-                self._refuse(self._kinds[one.members[0]].key, one.shape, one.boxes)
-        shapes = {kind.key: kind.shape for kind in self._kinds} if loose else {}
-        for key, boxes in loose.items():
-            self._refuse(key, shapes[key], np.unique(np.concatenate(boxes)))
-
-    def _refuse(self, key: str, shape: tuple[int, ...], boxes: Ints) -> None:
-        if told := fault(shape, *self._boxes(boxes, len(shape))):
-            raise ValueError(f"{ascii(key)[:120]} of shape {shape} is not whole on the ranks of this job: {told}")
-
-    def _boxes(self, numbers: Ints, dims: int) -> tuple[Ints, Ints]:
-        rows = self._table[numbers]
-        half = (self._table.shape[1] - 1) // 2
-        return rows[:, 1 : 1 + dims], rows[:, 1 + half : 1 + half + dims]
-
-    def _own(self, one: _Class) -> None:
-        """What one rank alone holds, it writes."""
-        holders = self._holders[one.partition]
-        owners = np.array([of[0] if len(of) == 1 else -1 for of in holders], dtype=np.int64)
-        one.owners = np.repeat(owners[None], len(one.members), axis=0)
-        alone = np.flatnonzero(owners >= 0)
-        _, sizes = self._boxes(one.boxes[alone], len(one.shape))
-        np.add.at(self._loads, owners[alone], sizes.prod(axis=1) * int(self._item_bytes[one.members].sum()))
-
-    def _share(self, classes: Sequence[_Class], at: Ints) -> dict[tuple[int, ...], Group]:
-        """What several hold is shared among them; those first who have the fewest to share with."""
-        shared: defaultdict[tuple[int, ...], list[tuple[int, int]]] = defaultdict(list)
-        for number, one in enumerate(classes):
-            for box, holders in enumerate(self._holders[one.partition]):
-                if len(holders) > 1:
-                    shared[holders].append((number, box))
-        groups = {}
-        for holders in sorted(shared, key=lambda ranks: (len(ranks), ranks)):
-            groups[holders] = self._share_among(holders, shared[holders], classes, at)
-        return groups
-
-    def _share_among(
-        self, holders: tuple[int, ...], held: Sequence[tuple[int, int]], classes: Sequence[_Class], at: Ints
-    ) -> Group:
-        tensors = np.concatenate([classes[number].members for number, _ in held])
-        counts = [len(classes[number].members) for number, _ in held]
-        sizes = [
-            tuple(self._boxes(classes[number].boxes[[box]], len(classes[number].shape))[1][0]) for number, box in held
-        ]
-        volumes = np.repeat([int(np.prod(size, dtype=np.int64)) for size in sizes], counts)
-        which = np.repeat(np.arange(len(held)), counts)
+    def __init__(self, alike: Sequence[Alike], holders: Sequence[tuple[int, ...]]) -> None:
+        tensors = np.concatenate([one.members for one in alike])
         order = np.argsort(tensors, kind="stable")
-        tensors, which = tensors[order], which[order]
-        item_bytes = volumes[order].astype(np.int64) * self._item_bytes[tensors]
-        group = group_of(holders, int(item_bytes.sum()), self._loads)
-        shares = share(group, _Sizes(sizes, which), item_bytes)
-        self._take(shares, group, tensors, which, held, classes, at, item_bytes)
-        return group
+        self.tensors = tensors[order]
+        self._class_of = np.repeat(np.arange(len(alike)), [len(one.members) for one in alike])[order]
+        self._sizes = [one.boxes[1] for one in alike]
+        self._volumes = np.stack([sizes.prod(axis=1) for sizes in self._sizes])
+        self.owners = np.repeat(_sole_owners(holders)[None], len(self.tensors), axis=0)
 
-    def _take(
-        self,
-        shares: Shares,
-        group: Group,
-        tensors: Ints,
-        which: Ints,
-        held: Sequence[tuple[int, int]],
-        classes: Sequence[_Class],
-        at: Ints,
-        item_bytes: Ints,
-    ) -> None:
-        ranks = np.array([*group.ranks, -1], dtype=np.int64)
-        owners = ranks[shares.owners]
-        np.add.at(self._loads, owners[owners >= 0], item_bytes[owners >= 0])
-        for nth, (number, box) in enumerate(held):
-            mine = which == nth
-            classes[number].owners[at[tensors[mine]], box] = owners[mine]
-        for item, cuts in shares.cuts.items():
-            number, box = held[which[item]]
-            told = [(int(ranks[owner]), dim, low, high) for owner, dim, low, high in cuts]
-            self._cuts[int(tensors[item]), box] = told
-            extent = cuts[-1][3]
-            for rank, _, low, high in told:
-                self._loads[rank] += item_bytes[item] * (high - low) / extent
+    def bytes_of(self, box: int, item_bytes: Ints) -> Ints:
+        """How many each tensor has of them in that box."""
+        each: Ints = self._volumes[self._class_of, box] * item_bytes[self.tensors]
+        return each
 
-    def _holders_of(self, classes: Sequence[_Class]) -> dict[str, frozenset[int]]:
-        of_partition = [frozenset(rank for ranks in holders for rank in ranks) for holders in self._holders]
-        found: dict[str, frozenset[int]] = {}
-        for one in classes:
-            ranks = of_partition[one.partition]
-            for nth in one.members.tolist():
-                key = self._kinds[nth].key
-                found[key] = found[key] | ranks if key in found else ranks
-        return found
-
-    def _groups(self, classes: Sequence[_Class]) -> tuple[TensorGroup, ...]:
-        several = {kind.key for kind in self._kinds if kind.nth}
-        found: dict[tuple[str, int], tuple[Kind, Chunks, list[str]]] = {}  # by dtype and the chunks themselves
-        loose: defaultdict[str, list[tuple[Kind, Chunks]]] = defaultdict(list)
-        known: dict[bytes, Chunks] = {}
-        for number, one in enumerate(classes):
-            for nth, owners in zip(one.members.tolist(), one.owners, strict=True):
-                kind = self._kinds[nth]
-                is_cut = bool((owners < 0).any())
-                key = owners.tobytes() + number.to_bytes(8, "little") + kind.nth.to_bytes(8, "little")
-                if is_cut or (chunks := known.get(key)) is None:
-                    chunks = self._chunks(one, nth, owners, kind.nth)
-                    if not is_cut:
-                        known[key] = chunks
-                if kind.key in several:
-                    loose[kind.key].append((kind, chunks))
-                else:
-                    found.setdefault((kind.dtype, id(chunks)), (kind, chunks, []))[2].append(kind.key)
-        for told in loose.values():
-            kind, joined = told[0][0], Chunks.joined([chunks for _, chunks in told])
-            found[kind.dtype, id(joined)] = (kind, joined, [kind.key])
-        return tuple(
-            TensorGroup.of(kind.dtype, kind.shape, chunks, tuple(keys)) for kind, chunks, keys in found.values()
-        )
-
-    def _chunks(self, one: _Class, tensor: int, owners: Ints, nth: int) -> Chunks:
-        offsets, sizes = self._boxes(one.boxes, len(one.shape))
-        chunks: list[tuple[str, list[int], list[int]]] = []
-        for box, (owner, offset, size) in enumerate(
-            zip(owners.tolist(), offsets.tolist(), sizes.tolist(), strict=True)
-        ):
-            if owner >= 0:
-                chunks.append((layout.shard_file(owner, nth), offset, size))
-                continue
-            for rank, dim, low, high in self._cuts[tensor, box]:
-                begins, extents = [*offset], [*size]
-                begins[dim] += low
-                extents[dim] = high - low
-                chunks.append((layout.shard_file(rank, nth), begins, extents))
-        return Chunks(
-            tuple(file for file, _, _ in chunks),
-            tuple(number for _, offset, _ in chunks for number in offset),
-            tuple(number for _, _, size in chunks for number in size),
-        )
+    def size_of(self, nth: int, box: int) -> tuple[int, ...]:
+        """The size of that box of the nth of the tensors."""
+        return tuple(self._sizes[self._class_of[nth]][box].tolist())
 
 
-class _Sizes(Sequence[tuple[int, ...]]):
-    """The sizes of many boxes that are of few kinds."""
+class _Items(Sequence[tuple[int, ...]]):
+    """The sizes of the boxes that a group shares: of one that is looked at, only."""
 
-    def __init__(self, kinds: Sequence[tuple[int, ...]], which: Ints) -> None:
-        self._kinds = kinds
-        self._which = which
+    def __init__(self, held: Sequence[tuple[_Parted, int]], of: Ints, nth: Ints) -> None:
+        self._held, self._of, self._nth = held, of, nth
 
     def __len__(self) -> int:
-        return len(self._which)
+        return len(self._of)
 
     def __getitem__(self, item: Any) -> Any:
-        return tuple(map(int, self._kinds[self._which[item]]))
+        parted, box = self._held[self._of[item]]
+        return parted.size_of(int(self._nth[item]), box)
 
 
-def _union(told: Sequence[Told]) -> tuple[list[Kind], dict[str, Ints]]:
-    """All tensors that some rank knows, sorted; and by schema, where its own are among them."""
-    schemas = {one.schema: one.kinds for one in told if one.kinds is not None}
-    found: dict[tuple[str, int], Kind] = {}
-    for kinds in schemas.values():
-        for kind in kinds:
-            other = found.setdefault((kind.key, kind.nth), kind)
-            if other is not kind and other != kind:
-                raise ValueError(
-                    f"{ascii(kind.key)[:120]} is not the same on all ranks: {kind.dtype} of {kind.shape}, and "
-                    f"{other.dtype} of {other.shape}"
-                )
-    ordered = sorted(found)
-    numbers = {name: number for number, name in enumerate(ordered)}
-    places = {
-        schema: np.array([numbers[kind.key, kind.nth] for kind in kinds], dtype=np.int64)
-        for schema, kinds in schemas.items()
-    }
-    return [found[name] for name in ordered], places
+class _Sharing:
+    """Who writes what: what one rank alone holds, it writes; what several hold, they share.
+
+    Attributes:
+        groups: by the ranks that hold the same, those of them that share it.
+        cuts: of what several ranks write parts of, by tensor and box: who, the dimension, from where to where in it.
+    """
+
+    def __init__(self, held: Gathered, world_size: int) -> None:
+        self._item_bytes = np.array([ITEM_BYTES[kind.dtype] for kind in held.kinds], dtype=np.int64)
+        self._loads = np.zeros(world_size)
+        self._owners = [_sole_owners(holders) for holders in held.partitions]
+        of_partition: defaultdict[int, list[Alike]] = defaultdict(list)
+        for one in held.alike:
+            of_partition[one.partition].append(one)
+        self._parted: dict[int, _Parted] = {}
+        self.groups: dict[tuple[int, ...], Group] = {}
+        self.cuts: dict[tuple[int, int], list[tuple[int, int, int, int]]] = {}
+        shared: defaultdict[tuple[int, ...], list[tuple[_Parted, int]]] = defaultdict(list)
+        for number, holders in enumerate(held.partitions):
+            if several := [box for box, ranks in enumerate(holders) if len(ranks) > 1]:
+                parted = self._parted[number] = _Parted(of_partition[number], holders)
+                for box in several:
+                    shared[holders[box]].append((parted, box))
+        if shared:
+            self._load(held.alike)
+        # Those first who have the fewest to share with, as others can make up for what they write.
+        for ranks in sorted(shared, key=lambda ranks: (len(ranks), ranks)):
+            self.groups[ranks] = self._share(ranks, shared[ranks])
+
+    def owners_of(self, one: Alike) -> Ints:
+        """By member and box, the rank that writes it; one row, if it is the same for all members."""
+        if (parted := self._parted.get(one.partition)) is None:
+            return self._owners[one.partition][None]
+        owners: Ints = parted.owners[np.searchsorted(parted.tensors, one.members)]
+        return owners
+
+    def _load(self, alike: Sequence[Alike]) -> None:
+        """What each rank alone holds, it writes anyway."""
+        for one in alike:
+            owners = self._owners[one.partition]
+            alone = owners >= 0
+            volumes = one.boxes[1][alone].prod(axis=1)
+            np.add.at(self._loads, owners[alone], volumes * int(self._item_bytes[one.members].sum()))
+
+    def _share(self, ranks: tuple[int, ...], held: Sequence[tuple[_Parted, int]]) -> Group:
+        of = np.repeat(np.arange(len(held)), [len(parted.tensors) for parted, _ in held])
+        nth = np.concatenate([np.arange(len(parted.tensors)) for parted, _ in held])
+        tensors = np.concatenate([parted.tensors for parted, _ in held])
+        item_bytes = np.concatenate([parted.bytes_of(box, self._item_bytes) for parted, box in held])
+        order = np.argsort(tensors, kind="stable")  # as each of the ranks has them
+        of, nth, tensors, item_bytes = of[order], nth[order], tensors[order], item_bytes[order]
+        group = group_of(ranks, int(item_bytes.sum()), self._loads)
+        shares = share(group, _Items(held, of, nth), item_bytes)
+        owners = np.array([*group.ranks, _CUT])[shares.owners]
+        for number, (parted, box) in enumerate(held):
+            mine = of == number
+            parted.owners[nth[mine], box] = owners[mine]
+        np.add.at(self._loads, owners[owners >= 0], item_bytes[owners >= 0])
+        for item, cuts in shares.cuts.items():
+            box = held[of[item]][1]
+            self.cuts[int(tensors[item]), box] = [
+                (group.ranks[owner], dim, low, high) for owner, dim, low, high in cuts
+            ]
+            for owner, _, low, high in cuts:
+                self._loads[group.ranks[owner]] += int(item_bytes[item]) * (high - low) / cuts[-1][3]
+        return group
 
 
-def _table(told: Sequence[Told]) -> tuple[Ints, list[np.ndarray]]:
-    """All boxes that occur, each once; and by rank, for each of its tensors which of them it has."""
-    most = max((one.most for one in told), default=0)
-    rows = np.concatenate([_widened(one, most) for one in told])
-    _, first, number_of = np.unique(_hash(rows.view(np.uint64), seed=2), return_index=True, return_inverse=True)
-    table = rows[first]
-    assert (table[number_of] == rows).all(), "two hashes are equal"
-    numbers = number_of.astype(np.uint32)
-    numbers[rows[:, 0] == 0] = _NONE
-    ids = []
-    begin = 0
-    for one in told:
-        ids.append(numbers[begin : begin + len(one.rows)][one.ids])
-        begin += len(one.rows)
-    return table, ids
+def _sole_owners(holders: Sequence[tuple[int, ...]]) -> Ints:
+    """Of each box the rank that alone holds it."""
+    return np.array([of[0] if len(of) == 1 else _CUT for of in holders], dtype=np.int64)
 
 
-def _widened(one: Told, most: int) -> Ints:
-    if one.most == most:
-        return one.rows
-    wide = np.zeros((len(one.rows), 2 * most + 1), dtype=np.int64)
-    wide[:, : 1 + one.most] = one.rows[:, : 1 + one.most]
-    wide[:, 1 + most : 1 + most + one.most] = one.rows[:, 1 + one.most :]
-    return wide
+class _Writing:
+    """What will be written, as the manifest says it."""
+
+    def __init__(self, held: Gathered, sharing: _Sharing) -> None:
+        self._held = held
+        self._sharing = sharing
+        self._files: dict[tuple[bytes, int], tuple[str, ...]] = {}
+
+    def groups(self) -> tuple[TensorGroup, ...]:
+        """Of all tensors: together those of one dtype and shape that lie in the same files."""
+        kinds = self._held.kinds
+        found = []
+        loose: defaultdict[str, list[tuple[Alike, Ints, int]]] = defaultdict(list)
+        for one in self._held.alike:
+            owners = self._sharing.owners_of(one)
+            rows, is_cut = [row.tobytes() for row in owners], (owners == _CUT).any(axis=1).tolist()
+            together: defaultdict[tuple[str, bytes, int], list[int]] = defaultdict(list)
+            for at, nth in enumerate(one.members.tolist()):
+                row = at if len(rows) > 1 else 0
+                if kinds[nth].key in self._held.several:
+                    loose[kinds[nth].key].append((one, owners[row], nth))
+                else:
+                    together[kinds[nth].dtype, rows[row], nth if is_cut[row] else -1].append(nth)
+            for (dtype, row_bytes, _), members in together.items():
+                lies = self._lies(one, np.frombuffer(row_bytes, dtype=owners.dtype), members[0])
+                found.append(TensorGroup.of(dtype, one.shape, lies, tuple(kinds[nth].key for nth in members)))
+        for key, parts in loose.items():
+            kind = kinds[parts[0][2]]
+            pieces = [self._pieces(*part) for part in parts]
+            files = [file for of, _, _ in pieces for file in of]
+            offsets, sizes = (np.concatenate([piece[at] for piece in pieces]) for at in (1, 2))
+            found.append(TensorGroup.of(kind.dtype, kind.shape, _laid(kind.shape, files, offsets, sizes), (key,)))
+        return tuple(found)
+
+    def _lies(self, one: Alike, owners: Ints, nth: int) -> Chunks | Grid:
+        if one.starts is not None and (owners != _CUT).all():
+            return Grid(self._files_of(owners, 0), one.shape, one.starts)
+        return _laid(one.shape, *self._pieces(one, owners, nth))
+
+    def _pieces(self, one: Alike, owners: Ints, nth: int) -> tuple[Sequence[str], Ints, Ints]:
+        """What is written of a tensor: the file of each part, its offsets, and its sizes."""
+        offsets, sizes = one.boxes
+        number = self._held.kinds[nth].nth
+        whole = np.flatnonzero(owners != _CUT)
+        files, parts = [*self._files_of(owners[whole], number)], [(offsets[whole], sizes[whole])]
+        for box in np.flatnonzero(owners == _CUT).tolist():
+            cuts = self._sharing.cuts[nth, box]
+            low, high = (np.repeat(rows[[box]], len(cuts), axis=0) for rows in (offsets, sizes))
+            for at, (owner, dim, begin, end) in enumerate(cuts):
+                low[at, dim] += begin
+                high[at, dim] = end - begin
+                files.append(layout.shard_file(owner, number))
+            parts.append((low, high))
+        lows, highs = zip(*parts, strict=True)
+        return files, np.concatenate(lows), np.concatenate(highs)
+
+    def _files_of(self, owners: Ints, number: int) -> tuple[str, ...]:
+        key = owners.tobytes(), number
+        if (known := self._files.get(key)) is None:
+            known = self._files[key] = tuple(layout.shard_file(owner, number) for owner in owners.tolist())
+        return known
 
 
-def _hash(rows: np.ndarray, *, seed: int) -> np.ndarray:
-    """A number for each row, as a rule another one for another row."""
-    factors = np.random.default_rng(seed).integers(1, 1 << 63, size=rows.shape[1], dtype=np.uint64) | np.uint64(1)
-    hashes = np.empty(len(rows), dtype=np.uint64)
-    step = max(_BLOCK // max(rows.shape[1], 1), 1)
-    for begin in range(0, len(rows), step):
-        some = rows[begin : begin + step].astype(np.uint64)
-        some ^= some >> np.uint64(3)
-        hashes[begin : begin + step] = ((some + np.uint64(1)) * factors).sum(axis=1, dtype=np.uint64)
-    return hashes
+def _laid(shape: tuple[int, ...], files: Sequence[str], offsets: Ints, sizes: Ints) -> Chunks | Grid:
+    """Parts that cover a tensor."""
+    order = np.argsort(corners(shape, offsets), kind="stable")
+    offsets, sizes, sorted_files = offsets[order], sizes[order], tuple(files[nth] for nth in order.tolist())
+    if (starts := grid_of(offsets, sizes)) is not None:
+        return Grid(sorted_files, shape, starts)
+    return Chunks(sorted_files, tuple(offsets.ravel().tolist()), tuple(sizes.ravel().tolist()))

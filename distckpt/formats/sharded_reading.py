@@ -6,9 +6,8 @@ import math
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,28 +15,18 @@ from distckpt import layout, strict_json
 from distckpt.errors import DamagedCheckpoint
 from distckpt.formats import Chunk, Piece, Snapshot
 from distckpt.formats import tree as trees
-from distckpt.formats.boxes import Ints, fault, overlaps
 from distckpt.formats.merging import merged
 from distckpt.formats.safetensors_file import DTYPES_BY_NAME
 from distckpt.formats.shard_file import ShardFile, Wanted
 from distckpt.formats.shards import boxes_of, bytes_of, narrowed, shape_in_bytes, view_of
 from distckpt.formats.stand_ins import stand_in
 from distckpt.formats.streaming import all_of
+from distckpt.formats.tiling import Overlap, tiling_of
 from distckpt.formats.tree import Reference
 from distckpt.manifest import Manifest, TensorGroup, digest
 from distckpt.stores import Store
 
 _MOST_DIMENSIONS = 64
-
-
-class _Chunk(NamedTuple):
-    """A part of a tensor in a file, and what of it is wanted: from where to where, in the chunk and in the box."""
-
-    file: str
-    sizes: tuple[int, ...]
-    low: tuple[int, ...]
-    begins: tuple[int, ...]
-    shared: tuple[int, ...]
 
 
 class _Layout:
@@ -46,38 +35,24 @@ class _Layout:
     def __init__(self, group: TensorGroup, what: str) -> None:
         self.shape = group.shape
         self.dtype = DTYPES_BY_NAME.get(group.dtype)
-        whose = f"{what}: {ascii(group.keys[:1])[1:81]} of {ascii(group.dtype)[:20]} and the shape {group.shape}"
         is_sane = len(group.shape) <= _MOST_DIMENSIONS and math.prod(filter(None, group.shape)) < 1 << 59
         if self.dtype is None or not is_sane:
-            raise DamagedCheckpoint(f"{whose} cannot be")
-        self._files: Sequence[str] = group.chunks.files if group.chunks else (group.file,)
-        self._offsets = _rows(group.chunks.offsets if group.chunks else (0,) * len(group.shape), self._files)
-        self._sizes = _rows(group.chunks.sizes if group.chunks else group.shape, self._files)
-        if told := fault(group.shape, self._offsets, self._sizes):
-            raise DamagedCheckpoint(f"{whose} is not whole: {told}")
-        self._known: dict[tuple[tuple[int, ...], tuple[int, ...]], list[_Chunk]] = {}
+            raise DamagedCheckpoint(f"{_whose(group, what)} cannot be")
+        try:
+            self._tiling = tiling_of(group.shape, group.file, group.chunks)
+        except ValueError as error:
+            raise DamagedCheckpoint(f"{_whose(group, what)} is not whole: {error}") from error
+        self._known: dict[tuple[tuple[int, ...], tuple[int, ...]], list[Overlap]] = {}
 
-    def chunks_in(self, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> list[_Chunk]:
+    def chunks_in(self, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> list[Overlap]:
         """What that box consists of. All of it is there, as all of the tensor is, once."""
         if (known := self._known.get((offsets, sizes))) is None:
-            known = self._known[offsets, sizes] = self._find(offsets, sizes)
+            known = self._known[offsets, sizes] = self._tiling.overlaps(offsets, sizes)
         return known
 
-    def _find(self, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> list[_Chunk]:
-        if not math.prod(sizes):
-            return []
-        found, low, high = overlaps(offsets, sizes, self._offsets, self._sizes)
-        begins = low - np.array(offsets, dtype=np.int64)
-        inside = low - self._offsets[found]
-        columns = (self._sizes[found], inside, begins, high - low)
-        return [
-            _Chunk(self._files[number], *(tuple(row) for row in rows))
-            for number, *rows in zip(found.tolist(), *(column.tolist() for column in columns), strict=True)
-        ]
 
-
-def _rows(numbers: Sequence[int], files: Sequence[str]) -> Ints:
-    return np.array(numbers, dtype=np.int64).reshape(len(files), -1)
+def _whose(group: TensorGroup, what: str) -> str:
+    return f"{what}: {ascii(group.keys[:1])[1:81]} of {ascii(group.dtype)[:20]} and the shape {group.shape}"
 
 
 class OpenedSharded:
