@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import platform
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
@@ -310,10 +311,12 @@ class Run:
 
         # Not named here: ranks that were given different ones would not understand one another.
         _, number = from_leader(self.ranks, "claim of the directory", start)
-        together(self.ranks, "look into the directory", lambda: self._see(layout.attempt_file(number)))
+        machines = together(self.ranks, "look into the directory", lambda: self._see(layout.attempt_file(number)))
+        self.store.neighbours = machines.count(machines[self.ranks.rank])
         return Catalog(self.store, claimed[0]) if claimed else None
 
-    def _see(self, name: str) -> None:
+    def _see(self, name: str) -> str:
+        """This machine, which sees that file."""
         deadline = time.monotonic() + min(_PROBE_SECONDS, self.timeout.total_seconds() / 2)
         while not self.store.exists(name):
             if time.monotonic() > deadline:
@@ -322,6 +325,7 @@ class Run:
                     "All ranks need a directory on a file system that they share"
                 )
             time.sleep(0.1)
+        return platform.node()
 
     def _save(
         self,

@@ -100,7 +100,7 @@ class _Item:
         """Over what was looked at."""
         self._at += count
 
-    def expect(self, ranges: Sequence[tuple[int, int]]) -> None:
+    def expect(self, ranges: Sequence[tuple[int, int]], *, by_all: bool = False) -> None:
         """It is read from its start to its end."""
 
     def check(self, key: str, content_bytes: int, checksum: int) -> None:

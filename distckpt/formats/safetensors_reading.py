@@ -104,6 +104,7 @@ class SafetensorsFile:
         digest = xxhash.xxh3_128()
         with self.opened() as source:
             if is_same := self.is_same(source, digest):
+                source.expect([(self.header_bytes, source.size_bytes)], by_all=True)
                 yield source, digest
         if self._entry is not None and digest.hexdigest() != self._entry.xxh3_128:
             raise DamagedCheckpoint(

@@ -55,16 +55,19 @@ class ShardFile:
         self._file = SafetensorsFile(store, path, entry)
         self.held: Mapping[str, Held] = self._file.held
 
-    def fill(self, wanted: Mapping[str, Sequence[Wanted]]) -> None:
+    def fill(self, wanted: Mapping[str, Sequence[Wanted]], *, by_all: bool) -> None:
         """The targets hold what lies under their keys. All blocks that were read for that, the header's among them,
         are those that were committed.
+
+        Args:
+            by_all: whether other ranks read the same.
 
         Raises:
             DamagedCheckpoint: naming the file; some targets may have changed.
             OSError: where it cannot be read.
         """
         ranges = [self._range(key, begin, held, wanted[key]) for key, begin, held in self._placed(wanted)]
-        with self._checked(spans := [*self._spans(ranges)]) as (source, digest):
+        with self._checked(spans := [*self._spans(ranges)], by_all=by_all) as (source, digest):
             fill(source, spans, digest)
 
     def pieces(self, chunks: Mapping[str, Sequence[Chunk]]) -> Iterator[Piece]:
@@ -79,7 +82,7 @@ class ShardFile:
             yield from stream(source, spans, digest)
 
     @contextmanager
-    def _checked(self, spans: Sequence[Span]) -> Iterator[tuple[Source, Hash]]:
+    def _checked(self, spans: Sequence[Span], *, by_all: bool = False) -> Iterator[tuple[Source, Hash]]:
         """The bytes behind the header, of which ``spans`` are read; and a digest that is told them, and raises where a
         block is another."""
         error = DamagedCheckpoint(f"{self._path}: its bytes changed after the commit (a block has another xxh3-128)")
@@ -87,7 +90,7 @@ class ShardFile:
         with self._file.opened() as source:
             if not self._file.is_same(source, digest):
                 raise DamagedCheckpoint(f"{self._path} changed while it was read")
-            source.expect(_ranges(self._file.header_bytes, spans))
+            source.expect(_ranges(self._file.header_bytes, spans), by_all=by_all)
             yield source, digest
 
     def _placed(self, keys: Collection[str]) -> Iterator[tuple[str, int, Held]]:

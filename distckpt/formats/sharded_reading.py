@@ -18,7 +18,7 @@ from distckpt.formats import tree as trees
 from distckpt.formats.merging import merged
 from distckpt.formats.safetensors_file import DTYPES_BY_NAME
 from distckpt.formats.shard_file import ShardFile, Wanted
-from distckpt.formats.shards import boxes_of, bytes_of, narrowed, shape_in_bytes, view_of
+from distckpt.formats.shards import boxes_of, bytes_of, is_on_several, narrowed, shape_in_bytes, view_of
 from distckpt.formats.stand_ins import stand_in
 from distckpt.formats.streaming import all_of
 from distckpt.formats.tiling import Overlap, tiling_of
@@ -77,6 +77,7 @@ class OpenedSharded:
     def fill(self, targets: Sequence[tuple[Tensor, Tensor]]) -> None:
         """See `distckpt.formats.Opened.fill`."""
         wanted: defaultdict[str, defaultdict[str, list[Wanted]]] = defaultdict(lambda: defaultdict(list))
+        common_bytes: defaultdict[str, int] = defaultdict(int)  # more than that of this rank alone, if it is positive
         for standing, target in (*targets, *self._arrays):
             place = self._places.get(id(standing))
             if place is None or target.dtype is not standing.dtype or target.shape != standing.shape:
@@ -84,10 +85,12 @@ class OpenedSharded:
                     f"a {target.dtype} of {tuple(target.shape)} is no place for what was {standing.dtype} of "
                     f"{tuple(standing.shape)}, or that is of another checkpoint"
                 )
+            sign = 1 if not place[0] and is_on_several(target) else -1
             for file, key, one in self._wanted(*place, target):
                 wanted[file][key].append(one)
+                common_bytes[file] += sign * one.target.nbytes
         for file in sorted(wanted):
-            self._file(file).fill(wanted[file])
+            self._file(file).fill(wanted[file], by_all=common_bytes[file] > 0)
 
     def pieces(self, standing: Sequence[Tensor]) -> Iterator[Piece]:
         """See `distckpt.formats.Opened.pieces`. Each file is read once, however many ranks there were."""

@@ -36,6 +36,14 @@ def is_spread(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor)
 
 
+def is_on_several(tensor: Tensor) -> bool:
+    """Whether other ranks have what this rank has of it, too."""
+    if not isinstance(tensor, DTensor):
+        return True
+    sizes = zip(tensor.placements, tensor.device_mesh.shape, strict=True)
+    return any(isinstance(placement, Replicate) and size > 1 for placement, size in sizes)
+
+
 def spread_of(tensor: Tensor) -> Hashable:
     """How its elements lie on several ranks; ``None`` where they are all here."""
     return (tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else None

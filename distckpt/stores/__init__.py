@@ -33,9 +33,13 @@ class Source(Protocol):
         """Go on with what comes so many bytes later."""
         ...
 
-    def expect(self, ranges: Sequence[tuple[int, int]]) -> None:
+    def expect(self, ranges: Sequence[tuple[int, int]], *, by_all: bool = False) -> None:
         """Of what comes, these will be read, in order, from where to where in the file, and the rest skipped: nothing
-        else need be read ahead."""
+        else need be read ahead.
+
+        Args:
+            by_all: whether all `Store.neighbours` read the same about now, so that one could bring it in for all.
+        """
         ...
 
 
@@ -46,6 +50,8 @@ class Store(Protocol):
     """
 
     url: str
+    neighbours: int
+    """How many processes of this machine restore from it together; 1 as long as nobody says otherwise."""
 
     def list(self, folder: str = "") -> list[str]:
         """The names in ``folder``, sorted, without those of files that `recycle_folder` kept. A folder that is not

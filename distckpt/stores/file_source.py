@@ -22,6 +22,9 @@ _LEAST_AHEAD_BYTES = 8 * 1024 * 1024
 # Whoever wants only the header of a file shall not pay for three blocks of it.
 _FIRST_BYTES = 1024 * 1024
 
+_WINDOW_BYTES = 16 * 1024 * 1024
+_WINDOWS = 4
+
 _PROBES = 64
 _MOST_ABSENT = 6
 
@@ -33,10 +36,11 @@ class FileSource:
     """Reads from ``fd``; see `distckpt.stores.Source`.
 
     A file that the page cache holds is read from there. Else a large one is read ahead, past it: that is two to three
-    times as fast, and drives nothing else out of the page cache.
+    times as fast, and drives nothing else out of the page cache. But where several processes read the same, the disk
+    does so once, into the page cache.
     """
 
-    def __init__(self, fd: int, place: Path, size_bytes: int, direct: Direct) -> None:
+    def __init__(self, fd: int, place: Path, size_bytes: int, direct: Direct, *, neighbours: int = 1) -> None:
         self.size_bytes = size_bytes
         self._fd = fd
         self._place = place
@@ -45,10 +49,14 @@ class FileSource:
         self._ranges: Sequence[tuple[int, int]] = [(0, size_bytes)]
         self._is_undecided = size_bytes >= _LEAST_AHEAD_BYTES
         self._ahead: ReadAhead | None = None
+        self._neighbours = neighbours
+        self._announced: int | None = None  # up to where the page cache was told what will be read
 
     def read_into(self, target: Buffer) -> None:
         rest = memoryview(target).cast("B")
         while rest:
+            if self._announced is not None:
+                self._announce()
             with naming(self._place):
                 count = self._read_ahead(rest) or os.preadv(self._fd, [rest[:_MOST_BYTES]], self._position)
             if count == 0:
@@ -61,16 +69,26 @@ class FileSource:
         if self._ahead is not None:
             self._ahead.skip(count)
 
-    def expect(self, ranges: Sequence[tuple[int, int]]) -> None:
+    def expect(self, ranges: Sequence[tuple[int, int]], *, by_all: bool = False) -> None:
         self.close()
         self._ranges = ranges
-        self._is_undecided = sum(end - begin for begin, end in ranges) >= _LEAST_AHEAD_BYTES
+        is_shared = by_all and self._neighbours > 1
+        self._is_undecided = not is_shared and sum(end - begin for begin, end in ranges) >= _LEAST_AHEAD_BYTES
+        self._announced = self._position if is_shared else None
 
     def close(self) -> None:
         """Nothing is read ahead any more. Safe to call twice."""
         if self._ahead is not None:
             self._ahead.close()
             self._ahead = None
+
+    def _announce(self) -> None:
+        """The system reads some windows ahead: by itself it would read less than the disk can."""
+        assert self._announced is not None, "else nothing is announced"
+        self._announced = max(self._announced, self._position)
+        while self._announced < min(self._position + _WINDOWS * _WINDOW_BYTES, self.size_bytes):
+            os.posix_fadvise(self._fd, self._announced, _WINDOW_BYTES, os.POSIX_FADV_WILLNEED)
+            self._announced += _WINDOW_BYTES
 
     def _read_ahead(self, rest: memoryview) -> int:
         """How many bytes of ``rest`` had been read ahead; none where that is not done, or is over."""

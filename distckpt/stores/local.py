@@ -51,6 +51,7 @@ class LocalStore:
         self._spares = Spares(self.root)
         self._locks: dict[str, int] = {}
         self._has_warned = False
+        self.neighbours = 1
 
     def make_root(self) -> None:
         """The directory exists and can be written, its own name and its parents' durable.
@@ -89,7 +90,8 @@ class LocalStore:
         place = self._at(path)
         fd = os.open(place, _READ)
         try:
-            with closing(FileSource(fd, place, _regular(fd, place).st_size, self._direct)) as source:
+            size_bytes = _regular(fd, place).st_size
+            with closing(FileSource(fd, place, size_bytes, self._direct, neighbours=self.neighbours)) as source:
                 yield source
         finally:
             os.close(fd)

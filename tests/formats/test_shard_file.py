@@ -89,7 +89,7 @@ def test_any_boxes_of_any_tensors_are_read_into_memory_of_any_order(tmp_path_fac
     at = data.draw(st.integers(0, 80_000))
     target = torch.zeros(10_000, dtype=dtype)
     wanted["large"] = [Wanted((90_000,), (at,), target)]
-    file.fill(wanted)
+    file.fill(wanted, by_all=False)
     expected.append((target, tensors["large"][at : at + 10_000]))
     for found, source in expected:
         assert torch.equal(found, source)
@@ -125,8 +125,8 @@ class Watched:
     def skip(self, count: int) -> None:
         self._source.skip(count)
 
-    def expect(self, ranges) -> None:
-        self._source.expect(ranges)
+    def expect(self, ranges, *, by_all=False) -> None:
+        self._source.expect(ranges, by_all=by_all)
 
 
 def test_no_block_is_read_that_is_not_needed(tmp_path):
@@ -136,7 +136,7 @@ def test_no_block_is_read_that_is_not_needed(tmp_path):
     file = ShardFile(store, f"one/{FILE}", entries[0], json.loads((folder / DIGESTS).read_bytes()))
     store.read_bytes = 0
     target = torch.zeros(1000)
-    file.fill({"a": [Wanted((1_000_000,), (500_000,), target)]})
+    file.fill({"a": [Wanted((1_000_000,), (500_000,), target)]}, by_all=False)
     assert torch.equal(target, torch.arange(500_000, 501_000, dtype=torch.float32))
     assert store.read_bytes <= 4096 + 3 * 4096  # the header, and the blocks that 4000 bytes lie in
 
@@ -150,10 +150,10 @@ def test_a_flipped_bit_is_found_by_who_reads_its_block_and_by_nobody_else(tmp_pa
     place.write_bytes(data)
     file = opened(folder, entries)
     target = torch.zeros(100)
-    file.fill({"a": [Wanted((10_000,), (50,), target)]})
+    file.fill({"a": [Wanted((10_000,), (50,), target)]}, by_all=False)
     assert torch.equal(target, torch.arange(50, 150, dtype=torch.float32))
     with pytest.raises(DamagedCheckpoint, match=r"rank-00000.safetensors.*changed after the commit"):
-        file.fill({"a": [Wanted((10_000,), (8990,), target)]})
+        file.fill({"a": [Wanted((10_000,), (8990,), target)]}, by_all=False)
 
 
 @pytest.mark.parametrize("at", [8, 20, 2000])
@@ -165,7 +165,7 @@ def test_a_header_that_was_changed_is_found_whatever_is_read(tmp_path, at):
     data[at] = ord(" ") if data[at] != ord(" ") else ord("\t")
     place.write_bytes(data)
     with pytest.raises(DamagedCheckpoint, match="rank-00000.safetensors"):
-        opened(folder, entries).fill({"a": [Wanted((10_000,), (9_990,), torch.zeros(5))]})
+        opened(folder, entries).fill({"a": [Wanted((10_000,), (9_990,), torch.zeros(5))]}, by_all=False)
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_digests_that_are_not_those_of_the_file_are_refused(tmp_path, damage):
 def test_a_file_that_does_not_hold_what_the_manifest_says_is_refused(tmp_path, wanted, told):
     folder = tmp_path / "one"
     with pytest.raises(DamagedCheckpoint, match=told):
-        opened(folder, write(folder, some_tensors())).fill(wanted)
+        opened(folder, write(folder, some_tensors())).fill(wanted, by_all=False)
 
 
 def test_a_file_that_became_shorter_is_refused(tmp_path):
@@ -214,4 +214,4 @@ def test_a_file_that_became_shorter_is_refused(tmp_path):
     with (folder / FILE).open("r+b") as stream:
         stream.truncate(9000)
     with pytest.raises(DamagedCheckpoint, match="has 9000 bytes"):
-        file.fill({"c": [Wanted((9000,), (0,), torch.zeros(9000))]})
+        file.fill({"c": [Wanted((9000,), (0,), torch.zeros(9000))]}, by_all=False)

@@ -380,3 +380,14 @@ def test_a_file_of_which_little_is_expected_is_read_through_the_page_cache(cold,
         found = bytearray(MIB)
         source.read_into(found)
     assert found == CONTENT[20 * MIB : 21 * MIB] and {how for how, _ in reads.told} == {"cached"}
+
+
+@pytest.mark.parametrize("neighbours, by_all, way", [(1, True, "direct"), (2, False, "direct"), (2, True, "cached")])
+def test_what_several_processes_read_together_is_read_into_the_page_cache_once(cold, reads, neighbours, by_all, way):
+    cold.neighbours = neighbours
+    with cold.open("file") as source:
+        source.expect([(0, len(CONTENT))], by_all=by_all)
+        found = bytearray(len(CONTENT))
+        source.read_into(found)
+    assert found == CONTENT and {how for how, _ in reads.told} <= {way, "cached"} and (way, 0) in reads.told
+    assert (pages_in_cache(cold.root / "file") > len(CONTENT) // PAGE_BYTES // 2) is (way == "cached")
