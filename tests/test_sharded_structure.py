@@ -110,6 +110,36 @@ def test_one_process_reads_all_stages(run_ranks, tmp_path):
     assert "optim.lr of the group of layers.0.weight (0.1 of layers.0.weight, a tensor of layers.2.weight)" in told_by
 
 
+def with_a_counter(rank: int, count: int) -> dict[str, Holder]:
+    """What is no tensor on the last rank alone: a part, and a key in one."""
+    is_last = rank == dist.get_world_size() - 1
+    part = {"a": numbers(0), "inner": {"count": count} if is_last else {}}
+    return {"part": Holder(part)} | ({"counter": Holder({"count": count + 1})} if is_last else {})
+
+
+def save_with_a_counter(rank: int, out: str) -> None:
+    state = with_a_counter(rank, 3)
+    with running(out, state) as ckpt:
+        ckpt.step()
+        ckpt.save(wait=True)
+
+
+def restore_with_a_counter(rank: int, out: str) -> Any:
+    state = with_a_counter(rank, 0)
+    with running(out, state) as ckpt:
+        ckpt.resume()
+    return {name: {key: str(one) for key, one in part.tensors.items()} for name, part in state.items()}
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_what_only_one_rank_has_is_saved_even_if_it_is_no_tensor(run_ranks, tmp_path, ranks):
+    out = str(tmp_path / "run")
+    run_ranks(3, save_with_a_counter, out)
+    assert len(list(Path(out).glob("step-*/rank-*.state.json"))) == 1
+    found = run_ranks(ranks, restore_with_a_counter, out)[-1]
+    assert found == {"part": {"a": "tensor([0., 1., 2.])", "inner": "{'count': 3}"}, "counter": {"count": "4"}}
+
+
 def miss_a_layer(rank: int, out: str, numbers: list[list[int]]) -> str:
     with pytest.raises(StateMismatch) as raised:
         restore_stages(rank, out, numbers)

@@ -65,11 +65,11 @@ class _Planner:
     def look(self, snapshot: Snapshot, rank: int) -> str:
         self._seen = self._layouts.see(snapshot, rank)
         self._layouts.look(self._seen)
-        return self._layouts.schema
+        return self._layouts.outline
 
     def tell(self, rank: int, digests: Sequence[str]) -> Any:
         assert self._seen is not None, "it looked before"
-        self._layouts.is_first = digests.index(self._layouts.schema) == rank
+        self._layouts.is_first = digests.index(self._layouts.outline) == rank
         told = self._layouts.holding.tell(is_schema_told=self._layouts.is_first)
         return {**told, "is_growing": self._seen.is_growing}
 

@@ -91,6 +91,7 @@ class ShardedLayouts:
     Attributes:
         holding: what this rank held when it last looked.
         schema: what it knew of the job's tensors then, as a digest.
+        outline: that, and which keys the rest of the state had.
         is_first: whether no rank before this one knew the same.
     """
 
@@ -104,7 +105,7 @@ class ShardedLayouts:
         self._files: Sequence[_File] | None = None
         self._are_planned = False
         self._own_kinds: Mapping[str, _Likeness] = {}
-        self.schema = ""
+        self.schema = self.outline = ""
         self.is_first = True
 
     def see(self, snapshot: Snapshot, rank: int) -> Seen:
@@ -137,6 +138,8 @@ class ShardedLayouts:
         """What this rank holds is known."""
         self.holding = Holding.of(seen.tensors)
         self.schema = digest(self.holding.schema())
+        keys = {part: _keys_in(json.loads(text)) for part, text in seen.texts.items()}
+        self.outline = digest(strict_json.dump([self.schema, keys]))
 
     def plan(self, rank: int, answer: Mapping[str, Any], seen: Seen) -> None:
         """What this rank writes of what it held when it looked is known."""
@@ -229,6 +232,13 @@ def _planned(planner: SavePlanner, seen: Seen, *, is_leader: bool) -> Seen:
         if left := {key.removeprefix(prefix) for key in seen.tensors.keys() - tensors.keys() if key.startswith(prefix)}:
             texts[part] = strict_json.dump(trees.without(json.loads(text), left, part)).decode()
     return replace(seen, tensors=tensors, texts=texts, is_as_before=False)
+
+
+def _keys_in(value: Any) -> Any:
+    """The keys of the dicts in it, in whatever order they are."""
+    if isinstance(value, dict):
+        return {key: _keys_in(value[key]) for key in sorted(value)}
+    return [*filter(None, map(_keys_in, value))] if isinstance(value, list) else None
 
 
 def _is_growing(state: Any) -> bool:
