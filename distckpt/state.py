@@ -6,14 +6,15 @@ A *part* is any object with ``state_dict`` and ``load_state_dict``.
 from __future__ import annotations
 
 import re
+import weakref
 from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from distckpt import rng
-from distckpt.optimizers import Member, members_of
+from distckpt.optimizers import Member, live_parameters, members_of
 from distckpt.optimizers import by_name as named
 from distckpt.wrappers import canonical_keys
 
@@ -45,6 +46,7 @@ class Parts:
         own = {name for name, part in state.items() if _is_iterable(part)} if per_rank is None else set(per_rank)
         self.shared = {name: part for name, part in state.items() if name not in own}
         self.own = {name: part for name, part in state.items() if name in own}
+        self._members: dict[int, tuple[list[weakref.ref[Tensor]], list[Member]]] = {}
 
     @property
     def modules(self) -> dict[str, nn.Module]:
@@ -52,8 +54,14 @@ class Parts:
         return {name: part for name, part in self.shared.items() if isinstance(part, nn.Module)}
 
     def members_in(self, optimizer: torch.optim.Optimizer) -> list[Member]:
-        """Its parameters; see `distckpt.optimizers.members_of`."""
-        return members_of(optimizer, self.modules)
+        """Its parameters; see `distckpt.optimizers.members_of`. Costs next to nothing where they are the same as the
+        last time."""
+        ours = list(live_parameters(optimizer))
+        seen, members = self._members.get(id(optimizer), ([], []))
+        if len(seen) != len(ours) or any(one() is not live for one, live in zip(seen, ours, strict=True)):
+            members = members_of(optimizer, self.modules)
+            self._members[id(optimizer)] = [weakref.ref(one) for one in ours], members
+        return members
 
     def capture_shared(self, *, is_leader: bool, by_name: bool = False) -> dict[str, Any]:
         """The state of the shared parts: references, no copies. Collective for parts whose ``state_dict`` is.

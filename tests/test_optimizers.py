@@ -145,6 +145,22 @@ def test_names_that_the_optimizer_was_given_are_not_stored_twice():
     assert optimizer.param_groups[0]["lr"] == 0.3
 
 
+def test_parameters_that_are_added_or_replaced_later_have_names_too():
+    model = net()
+    optimizer = torch.optim.SGD(model.body.parameters(), lr=0.1)
+    parts = Parts({"model": model, "optim": optimizer})
+
+    def known() -> list[str]:
+        return [one.name for one in parts.members_in(optimizer)]
+
+    assert known() == known() == ["body.weight", "body.bias"]
+    optimizer.add_param_group({"params": [model.head.bias]})
+    assert known() == ["body.weight", "body.bias", "head.bias"]
+    model.head = nn.Linear(4, 2, bias=False)
+    optimizer.param_groups[1]["params"] = [model.head.weight]
+    assert known() == ["body.weight", "body.bias", "head.weight"]
+
+
 # Whatever the optimizer, training goes on as if it had not been interrupted
 
 
