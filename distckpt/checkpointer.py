@@ -37,6 +37,7 @@ from distckpt.triggers import Triggers
 from distckpt.words import (
     check_bytes,
     check_choice,
+    check_count,
     check_directory,
     check_flags,
     check_timeout,
@@ -76,6 +77,8 @@ class Checkpointer:
             2 GB to write; the log says so.
         planner: a ``SavePlanner`` of ``torch.distributed.checkpoint``: its ``create_local_plan``, ``lookup_object`` and
             ``transform_object`` decide which tensors are saved, and as what. The format is sharded then.
+        writers_per_node: in the sharded format, how many ranks of a machine write what several ranks hold alike, where
+            they share one disk. None: all.
         async_save: whether training goes on while a save is written.
         snapshot: ``"eager"``: a save stops training until the state is copied into host memory. ``"lazy"``: until that
             is copied which may change before the optimizer's next step; weights and moments are copied beside the next
@@ -124,6 +127,7 @@ class Checkpointer:
         keep_bytes: str | int | None = None,
         format: Literal["auto", "full", "sharded"] = "auto",
         planner: SavePlanner | None = None,
+        writers_per_node: int | None = None,
         async_save: bool = True,
         snapshot: Mode = "auto",
         arena_bytes: int | None = None,
@@ -142,6 +146,7 @@ class Checkpointer:
         check_choice("when_busy", when_busy, ("wait", "skip"))
         check_choice("snapshot", snapshot, MODES)
         check_bytes("arena_bytes", arena_bytes, least=LEAST_ARENA_BYTES)
+        check_count("writers_per_node", writers_per_node)
         check_timeout("timeout", timeout)
         check_directory("out_dir", out_dir)
         if on_event is not None and not callable(on_event):
@@ -161,7 +166,7 @@ class Checkpointer:
         store = LocalStore(out_dir, recycles=recycle)
         ranks = detect(timeout)
         size = expected_size(self._parts.shared.values())
-        chosen = choose_format(format, size, ranks, planner=planner)
+        chosen = choose_format(format, size, ranks, planner=planner, writers_per_node=writers_per_node)
         self._judge = Judge(metrics, max_keep_best, ranks=ranks, records=lambda: self._run.known_records())
         keeping = LabelledKeeping(kept, self._judge)
         self._stager = Stager(snapshot, arena_bytes=arena_bytes, modules=self._parts.modules.values())

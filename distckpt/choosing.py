@@ -21,7 +21,9 @@ FORMATS = ("auto", "full", "sharded")
 _LARGE_BYTES = 2_000_000_000
 
 
-def choose_format(word: str, size: Size, ranks: Ranks, *, planner: object = None) -> Format:
+def choose_format(
+    word: str, size: Size, ranks: Ranks, *, planner: object = None, writers_per_node: int | None = None
+) -> Format:
     """The format that ``word``, one of `FORMATS`, asks for. Collective where it is ``"auto"`` and there is no planner.
 
     Raises:
@@ -32,9 +34,10 @@ def choose_format(word: str, size: Size, ranks: Ranks, *, planner: object = None
         check_planner(planner)
         if word == "full":
             raise ValueError('planner: rank 0 writes the full format without one; it is for format="sharded"')
-        return Sharded(cast(SavePlanner, planner))
+        return Sharded(cast(SavePlanner, planner), writers_per_node=writers_per_node)
+    sharded = Sharded(writers_per_node=writers_per_node)
     if word != "auto":
-        return Full() if word == "full" else Sharded()
+        return Full() if word == "full" else sharded
     told = together(ranks, "choice of a format", lambda: [size.spread_bytes, size.whole_bytes])
     if any(spread for spread, _ in told):
         why = "tensors are spread over ranks"
@@ -44,4 +47,4 @@ def choose_format(word: str, size: Size, ranks: Ranks, *, planner: object = None
         return Full()
     if is_leader(ranks):
         _log.info("checkpoints are sharded: %s", why)
-    return Sharded()
+    return sharded

@@ -124,6 +124,16 @@ def check_bytes(word: str, value: object, *, least: int) -> None:
         raise ValueError(f"{word} should be at least {least} bytes ({least >> 20} MiB), is {value}")
 
 
+def check_count(word: str, value: object) -> None:
+    """``value`` is None, or a number of at least 1; ``TypeError`` or ``ValueError`` naming the word, if not."""
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{word} should be a number, is {value!r}")
+    if value < 1:
+        raise ValueError(f"{word} should be at least 1, is {value}")
+
+
 def check_timeout(word: str, value: object) -> None:
     """``value`` is a ``timedelta`` longer than zero; ``TypeError`` or ``ValueError`` naming the word, if not."""
     if not isinstance(value, timedelta):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from distckpt import words
-from distckpt.words import _FOREIGN, refuse_unknown
+from distckpt.words import _FOREIGN, check_count, refuse_unknown
 
 HOOK = {
     "interval", "by_epoch", "save_optimizer", "out_dir", "max_keep_ckpts", "save_last", "save_best", "rule",
@@ -93,3 +93,14 @@ def test_a_value_that_cannot_be_is_an_error_that_names_the_word(check, value, er
     else:
         with pytest.raises(error, match="^it should be"):
             check("it", value)
+
+
+@pytest.mark.parametrize("value", [None, 1, 10])
+def test_a_count_is_a_number_or_none(value):
+    check_count("many", value)
+
+
+@pytest.mark.parametrize("value, error", [(0, ValueError), (-1, ValueError), (True, TypeError), ("1", TypeError)])
+def test_what_is_no_count_is_refused_by_the_name_of_the_word(value, error):
+    with pytest.raises(error, match="many should be"):
+        check_count("many", value)

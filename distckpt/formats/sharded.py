@@ -7,6 +7,7 @@ tensor lies in ``state.json`` and, of one rank alone, in ``rank-00003.json``.
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from distckpt.formats.held import Told
 from distckpt.formats.sharded_layout import Seen, ShardedLayouts
 from distckpt.formats.sharded_plan import Plan, make_plan
 from distckpt.formats.sharded_reading import OpenedSharded
+from distckpt.formats.sharing import writers_of
 from distckpt.manifest import Manifest, TensorGroup
 from distckpt.stores import Store
 
@@ -32,10 +34,11 @@ class Sharded:
         "storage_reader=torch.distributed.checkpoint.HuggingFaceStorageReader('.'))"
     )
 
-    def __init__(self, planner: SavePlanner | None = None) -> None:
-        """``planner``: what decides what is saved of each tensor; see `distckpt.formats.dcp_planner`."""
+    def __init__(self, planner: SavePlanner | None = None, *, writers_per_node: int | None = None) -> None:
+        """``planner``: what decides what is saved of each tensor; see `distckpt.formats.dcp_planner`.
+        ``writers_per_node``: how many ranks of a machine share what several hold; ``None``: all."""
         self._layouts = ShardedLayouts(planner)
-        self.planner = _Planner(self._layouts)
+        self.planner = _Planner(self._layouts, writers_per_node)
 
     def lay_out(self, snapshot: Snapshot, rank: int) -> list[Image]:
         return self._layouts.lay_out(snapshot, rank)
@@ -56,8 +59,9 @@ class _Planner:
         made: the plan, on the leader.
     """
 
-    def __init__(self, layouts: ShardedLayouts) -> None:
+    def __init__(self, layouts: ShardedLayouts, writers_per_node: int | None) -> None:
         self._layouts = layouts
+        self._writers_per_node = writers_per_node
         self._seen: Seen | None = None
         self.made = Plan((), {}, {})
         self.is_due = True
@@ -71,10 +75,12 @@ class _Planner:
         assert self._seen is not None, "it looked before"
         self._layouts.is_first = digests.index(self._layouts.outline) == rank
         told = self._layouts.holding.tell(is_schema_told=self._layouts.is_first)
-        return {**told, "is_growing": self._seen.is_growing}
+        return {**told, "is_growing": self._seen.is_growing, "machine": platform.node()}
 
     def plan(self, told: Sequence[Any]) -> Any:
-        self.made = make_plan([Told.parse(one) for one in told])
+        per_node = self._writers_per_node
+        writers = None if per_node is None else writers_of([one["machine"] for one in told], per_node)
+        self.made = make_plan([Told.parse(one) for one in told], writers)
         return {**self.made.answer, "is_growing": any(one["is_growing"] for one in told)}
 
     def take(self, rank: int, answer: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -46,14 +46,17 @@ class Plan:
     answer: Mapping[str, Any]
 
 
-def make_plan(told: Sequence[Told]) -> Plan:
+def make_plan(told: Sequence[Told], writers: Collection[int] | None = None) -> Plan:
     """The plan, from what the ranks told, in their order.
+
+    Args:
+        writers: those that share what several hold, see `distckpt.formats.sharing.group_of`.
 
     Raises:
         ValueError: naming a tensor that is not the same on all ranks, or that they do not hold whole.
     """
     held = gathered(told)
-    sharing = _Sharing(held, len(told))
+    sharing = _Sharing(held, len(told), writers)
     partition_of = np.array([one.partition for one in held.alike], dtype=np.int64)[held.class_of]
     numbers = {holders: number for number, holders in enumerate(sharing.groups)}
     answer = {
@@ -175,7 +178,8 @@ class _Sharing:
         cuts: of what several ranks write parts of, by tensor and box: who, the dimension, from where to where in it.
     """
 
-    def __init__(self, held: Gathered, world_size: int) -> None:
+    def __init__(self, held: Gathered, world_size: int, writers: Collection[int] | None) -> None:
+        self._writers = writers
         self._item_bytes = np.array([ITEM_BYTES[kind.dtype] for kind in held.kinds], dtype=np.int64)
         self._loads = np.zeros(world_size)
         self._owners = [_sole_owners(holders) for holders in held.partitions]
@@ -219,7 +223,7 @@ class _Sharing:
         item_bytes = np.concatenate([parted.bytes_of(box, self._item_bytes) for parted, box in held])
         order = np.argsort(tensors, kind="stable")  # as each of the ranks has them
         of, nth, tensors, item_bytes = of[order], nth[order], tensors[order], item_bytes[order]
-        group = group_of(ranks, int(item_bytes.sum()), self._loads)
+        group = group_of(ranks, int(item_bytes.sum()), self._loads, self._writers)
         shares = share(group, _Items(held, of, nth), item_bytes)
         owners = np.array([*group.ranks, _CUT])[shares.owners]
         for number, (parted, box) in enumerate(held):

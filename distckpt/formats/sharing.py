@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,18 +39,37 @@ class Shares:
     cuts: dict[int, list[tuple[int, int, int, int]]]
 
 
-def group_of(ranks: Sequence[int], total_bytes: int, loads: np.ndarray) -> Group:
+def group_of(
+    ranks: Sequence[int], total_bytes: int, loads: np.ndarray, writers: Collection[int] | None = None
+) -> Group:
     """Those of ``ranks`` that share so many bytes.
 
     Args:
         loads: how many bytes each rank of the job writes anyway.
+        writers: those that are to write what others have, too, if there are any among ``ranks``; ``None``: all.
     """
-    all_of_them = np.array(sorted(ranks), dtype=np.int64)
+    among = [rank for rank in ranks if writers is None or rank in writers] or ranks
+    all_of_them = np.array(sorted(among), dtype=np.int64)
     few = min(len(all_of_them), max(total_bytes // LEAST_SHARE_BYTES, 1))
     chosen = np.sort(all_of_them[np.argsort(loads[all_of_them], kind="stable")[:few]])
     theirs = loads[chosen].astype(np.float64)
     capacities = np.maximum(_level(theirs, total_bytes) - theirs, 0.0)
     return Group(tuple(chosen.tolist()), tuple(capacities.tolist()))
+
+
+def writers_of(machines: Sequence[str], per_node: int) -> frozenset[int]:
+    """The first so many ranks of each machine.
+
+    Args:
+        machines: where each rank runs.
+    """
+    seen: Counter[str] = Counter()
+    found = []
+    for rank, machine in enumerate(machines):
+        seen[machine] += 1
+        if seen[machine] <= per_node:
+            found.append(rank)
+    return frozenset(found)
 
 
 def _level(loads: np.ndarray, total_bytes: int) -> float:

@@ -110,6 +110,21 @@ def test_a_file_holds_one_box_of_a_tensor_and_says_where_it_lies(tmp_path):
     assert cut.keys == ("model.layer0.weight",) and cut.shape == (20_000, 64)
 
 
+def test_where_few_are_to_write_the_first_of_each_machine_do(tmp_path, monkeypatch):
+    state = model_of(20_000, 3000)
+    job = Job(tmp_path, 4)
+    job.formats = [Sharded(writers_per_node=1) for _ in job.formats]
+    nodes = iter(["a", "b", "a", "b"])
+    monkeypatch.setattr("platform.node", lambda: next(nodes))
+    job.plan(replicated(state, 4))
+    path, manifest, written = job.save(replicated(state, 4))
+    files = {group.file for group in manifest.tensors} | {
+        file for one in manifest.tensors if one.chunks for file in one.chunks.files
+    }
+    assert files - {""} == {"rank-00000.safetensors", "rank-00001.safetensors"}
+    assert same(job.read(path, manifest).shared["model"], state)
+
+
 def test_of_so_little_that_no_share_is_worth_a_file_one_rank_writes_all(tmp_path):
     state = model_of(3, 5)
     job = Job(tmp_path, 4)
