@@ -5,13 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint
+from safetensors.torch import load_file
 from torch import nn
 
 import distckpt
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-QUICK_START, OWN_LOOP, PLAIN_READING, SHARDED, MMENGINE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+QUICK_START, OWN_LOOP, PLAIN_READING, EXPORTS, SHARDED, MMENGINE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 SHORT_START = QUICK_START.replace("10_000", "2_000")
 
 
@@ -84,6 +86,20 @@ def test_what_was_cut_over_ranks_is_read_without_distckpt(names):
     nn.init.zeros_(names["model"].weight)
     exec(SHARDED, names)
     assert torch.equal(names["model"].weight, trained)
+
+
+def test_what_was_saved_is_exported_for_others(names):
+    exec(SHORT_START, names)
+    Path("gpt-config").mkdir()
+    Path("gpt-config/config.json").write_text("{}")
+    exec("import distckpt\n" + EXPORTS, names)
+    trained = names["model"].weight.detach()
+    assert torch.equal(load_file("gpt.safetensors")["weight"], trained.bfloat16())
+    best = load_file("runs/gpt/best-val_loss/model.safetensors")
+    assert torch.equal(load_file("gpt-hf/model.safetensors")["weight"], best["weight"])
+    state = {"model": {"weight": torch.zeros(1, 2)}}
+    torch.distributed.checkpoint.load(state, checkpoint_id="gpt-dcp", no_dist=True)
+    assert torch.equal(state["model"]["weight"], trained)
 
 
 def test_mmengine_builds_the_hook_from_the_config():
