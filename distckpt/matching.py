@@ -19,7 +19,7 @@ from distckpt.formats import Snapshot
 from distckpt.formats.stand_ins import NewMemory, is_stand_in
 from distckpt.manifest import Record
 from distckpt.optimizer_destinations import IntoOptimizer
-from distckpt.optimizers import Member, by_number, is_by_name
+from distckpt.optimizers import by_number, is_by_name
 from distckpt.selection import Selection
 from distckpt.state import RNG, Parts
 from distckpt.wrappers import canonical_keys
@@ -164,9 +164,7 @@ def match(parts: Parts, snapshot: Snapshot, selection: Selection, *, strict: boo
         elif word := selection.word_for_keys_of(name):
             raise StateMismatch(f"{word}= names keys of {name}, which is no module: it is taken whole or not at all")
         elif isinstance(part, torch.optim.Optimizer):
-            if (
-                one := _match_optimizer(name, part, parts.members_in(part), snapshot, selection, report, memory)
-            ) is not None:
+            if (one := _match_optimizer(name, part, parts, snapshot, selection, report, memory)) is not None:
                 ready[name] = one.put_in
                 report.loaded.append(name)
         else:
@@ -188,7 +186,7 @@ def match(parts: Parts, snapshot: Snapshot, selection: Selection, *, strict: boo
 def _match_optimizer(
     name: str,
     optimizer: torch.optim.Optimizer,
-    members: Sequence[Member],
+    parts: Parts,
     snapshot: Snapshot,
     selection: Selection,
     report: Report,
@@ -198,7 +196,7 @@ def _match_optimizer(
     saved: Any = snapshot.shared.get(name, snapshot.own.get(name))
     placements = None
     if is_by_name(saved):
-        numbered = by_number(_with_names(saved, selection), optimizer, members)
+        numbered = by_number(_with_names(saved, selection), optimizer, parts.members_in(optimizer))
         state, placements = numbered.state, numbered.placements
         report.missing += [f"{name}.{one}{_nearest(one, numbered.unexpected)}" for one in numbered.missing[:_SHOWN]]
         report.missing += [f"{name}.{one}" for one in numbered.missing[_SHOWN:]]
@@ -210,14 +208,20 @@ def _match_optimizer(
         return None
     else:
         state = saved
-    there = [snapshot.shared.get(one.part, {}).get(one.key) for one in members]
-    dtypes = [one.dtype if isinstance(one, Tensor) else None for one in there]
+
+    def dtypes() -> list[torch.dtype | None]:
+        modules = {part: state for part, state in snapshot.shared.items() if isinstance(state, dict)}
+        places = [one.places[0] if one.places else ("", "") for one in parts.members_in(optimizer)]
+        there = [modules.get(part, {}).get(key) for part, key in places]
+        return [one.dtype if isinstance(one, Tensor) else None for one in there]
+
     try:
         into = IntoOptimizer(optimizer, state, memory, placements, dtypes)
     except ValueError as error:
         raise StateMismatch(f"{name}: {error}") from error
     report.converted += [
-        f"{name}.{members[nth].name} (its parameter has another type than it had)" for nth in into.converted
+        f"{name}.{parts.members_in(optimizer)[nth].name} (its parameter has another type than it had)"
+        for nth in into.converted
     ]
     return into
 

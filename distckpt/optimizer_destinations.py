@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -21,12 +21,15 @@ _STEP = "step"  # it stays on the host, and as it is, unless the optimizer wants
 class IntoOptimizer:
     """What goes into one optimizer.
 
+    Attributes:
+        state: what its ``load_state_dict`` is given.
+
     Args:
         saved: its state by number, of as many parameters as it has.
         memory: what the state is read into.
         placements: by number, how tensors are spread that are not spread like their parameters; ``None`` where no
             parameter was spread.
-        dtypes: of the parameters, as they were; ``None`` where nobody knows.
+        dtypes: which the parameters had; ``None`` for one of which nobody knows. Asked for only if it matters.
 
     Raises:
         ValueError: where ``placements`` are none.
@@ -37,32 +40,31 @@ class IntoOptimizer:
         optimizer: Optimizer,
         saved: Any,
         memory: NewMemory,
-        placements: Mapping[int, Mapping[str, Sequence[str]]] | None = None,
-        dtypes: Sequence[torch.dtype | None] = (),
+        placements: Mapping[int, Mapping[str, Sequence[str]]] | None,
+        dtypes: Callable[[], Sequence[torch.dtype | None]],
     ) -> None:
         self._optimizer = optimizer
         self._parameters = list(live_parameters(optimizer))
-        self._are_kept = [
-            dtype in (None, one.dtype)
-            for one, dtype in zip(self._parameters, dtypes or [None] * len(self._parameters), strict=True)
-        ]
-        numbers = list(chain.from_iterable(group["params"] for group in saved["param_groups"]))
+        self._numbers = list(chain.from_iterable(group["params"] for group in saved["param_groups"]))
+        self._cast: dict[int, list[str]] = {}  # of which parameters torch would change which state
+        self._were: Sequence[torch.dtype | None] = ()
         for live, group in zip(optimizer.param_groups, saved["param_groups"], strict=True):
-            self._take_group(live, group, memory)
-        for number, parameter in zip(numbers, self._parameters, strict=True):
+            _take_group(live, group, memory)
+        for nth, (number, parameter) in enumerate(zip(self._numbers, self._parameters, strict=True)):
             told = None if placements is None else placements.get(number, {})
-            self._take(parameter, saved["state"].get(number, {}), told, memory)
+            self._take_all(nth, parameter, saved["state"].get(number), told, memory)
+        if self._cast:
+            self._were = dtypes()
         self.state = memory.replaced(saved)
         for group in self.state["param_groups"]:
             group["params"] = Positions(group["params"])
-        self._numbers = numbers
 
     @property
     def converted(self) -> Iterator[int]:
         """Which parameters have another dtype than they had, so that their state takes another one, too."""
-        for nth, parameter in enumerate(self._parameters):
-            casts = [one for name, one in self._state_of(nth).items() if _is_cast(name, one, parameter.dtype)]
-            if not self._are_kept[nth] and any(one.is_floating_point() for one in casts):
+        for nth, names in self._cast.items():
+            state = self.state["state"][self._numbers[nth]]
+            if not self._is_as_it_was(nth) and any(_is_floating(state[name]) for name in names):
                 yield nth
 
     def put_in(self) -> None:
@@ -71,64 +73,74 @@ class IntoOptimizer:
         self._optimizer.load_state_dict(self.state)
         if getattr(self._optimizer.load_state_dict, "__func__", None) is not Optimizer.load_state_dict:
             return  # it has a rule of its own
-        for nth, parameter in enumerate(self._parameters):
-            live = self._optimizer.state.get(parameter, {})
-            for name, value in self._state_of(nth).items():
-                if isinstance(value, str):  # of which torch makes the name of a generator
-                    live[name] = value
-                elif self._is_put_back(nth, name, value) and _is_alike(live.get(name), value):
-                    live[name] = value.to(parameter.device)
+        for nth, names in self._cast.items():
+            parameter = self._parameters[nth]
+            live, state = self._optimizer.state.get(parameter, {}), self.state["state"][self._numbers[nth]]
+            for name in names:
+                if name in live and (self._is_as_it_was(nth) or not _is_floating(state[name])):
+                    value = state[name]
+                    live[name] = value.to(parameter.device) if isinstance(value, Tensor) else value
 
-    def _state_of(self, nth: int) -> Mapping[str, Any]:
-        state = self.state["state"].get(self._numbers[nth])
-        return state if isinstance(state, dict) else {}
+    def _is_as_it_was(self, nth: int) -> bool:
+        return self._were[nth] in (None, self._parameters[nth].dtype)
 
-    def _is_put_back(self, nth: int, name: str, value: Any) -> bool:
-        if not _is_cast(name, value, self._parameters[nth].dtype):
-            return False
-        return self._are_kept[nth] or not value.is_floating_point()
-
-    def _take_group(self, live: Mapping[str, Any], saved: Mapping[str, Any], memory: NewMemory) -> None:
-        for key, value in saved.items():
-            if is_stand_in(value) and isinstance(here := live.get(key), Tensor):  # a learning rate, say
-                memory.take(value, device=here.device, like=here)
-
-    def _take(
-        self, parameter: Tensor, state: Any, placements: Mapping[str, Sequence[str]] | None, memory: NewMemory
+    def _take_all(
+        self,
+        nth: int,
+        parameter: Tensor,
+        state: Any,
+        placements: Mapping[str, Sequence[str]] | None,
+        memory: NewMemory,
     ) -> None:
+        if not isinstance(state, dict):
+            return
         held = self._optimizer.state.get(parameter, {})
-        for path, value in tensors_in(state):
-            words = None if placements is None else placements.get(path)
-            if not is_stand_in(value) or (path == _STEP and not words):
-                continue
-            live = held.get(path)
-            if isinstance(live, Tensor) and live.shape == value.shape:
-                memory.take(value, device=parameter.device, like=live)
-            elif is_spread(parameter) and _is_spread_otherwise(parameter, value, placements, path):
-                memory.give(value, spread_beside(parameter, words, value.shape, value.dtype))
+        can_cast, dtype = parameter.dtype.is_floating_point, parameter.dtype
+        for name, value in state.items():
+            if isinstance(value, Tensor):
+                if name != _STEP and can_cast and value.dtype is not dtype:
+                    self._cast.setdefault(nth, []).append(name)
+                _take(parameter, name, value, held.get(name), placements, memory)
+            elif isinstance(value, str):  # of which torch makes the name of a generator
+                self._cast.setdefault(nth, []).append(name)
             else:
-                like = parameter if words is None else None
-                memory.take(value, device=parameter.device, like=like)
+                for path, inner in tensors_in(value, name):
+                    _take(parameter, path, inner, None, placements, memory)
 
 
-def _is_spread_otherwise(
-    parameter: Tensor, value: Tensor, placements: Mapping[str, Sequence[str]] | None, path: str
-) -> bool:
-    """Whether it is spread, but not just like its parameter. What is no number was not spread by chance, where nobody
-    knows: an optimizer derives it from what is."""
-    if placements is None:
-        return value.shape != parameter.shape and value.ndim > 0
-    return bool(placements.get(path))
+def _take_group(live: Mapping[str, Any], saved: Mapping[str, Any], memory: NewMemory) -> None:
+    for key, value in saved.items():
+        if is_stand_in(value) and isinstance(here := live.get(key), Tensor):  # a learning rate, say
+            memory.take(value, device=here.device, like=here)
 
 
-def _is_cast(name: str, value: Any, dtype: torch.dtype) -> bool:
-    """Whether torch would cast it to the ``dtype`` of a parameter."""
-    is_number = isinstance(value, Tensor) and dtype.is_floating_point
-    return is_number and name != _STEP and value.dtype is not dtype
+def _take(
+    parameter: Tensor,
+    path: str,
+    value: Tensor,
+    live: Any,
+    placements: Mapping[str, Sequence[str]] | None,
+    memory: NewMemory,
+) -> None:
+    words = None if placements is None else placements.get(path)
+    if not is_stand_in(value) or (path == _STEP and not words):
+        return
+    if isinstance(live, Tensor) and live.shape == value.shape:
+        memory.take(value, device=parameter.device, like=live)
+    elif is_spread(parameter) and _is_spread_otherwise(parameter, value, words, is_known=placements is not None):
+        memory.give(value, spread_beside(parameter, words, value.shape, value.dtype))
+    else:
+        memory.take(value, device=parameter.device, like=parameter if words is None else None)
 
 
-def _is_alike(live: Any, value: Tensor) -> bool:
-    return isinstance(live, Tensor) and live.shape == value.shape
+def _is_spread_otherwise(parameter: Tensor, value: Tensor, words: Sequence[str] | None, *, is_known: bool) -> bool:
+    """Whether it is spread, but not just like its parameter. Where nobody knows, whatever is no single number is: an
+    optimizer derives it from what is spread."""
+    return bool(words) if is_known else value.shape != parameter.shape and value.ndim > 0
+
+
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 class Positions(list[int]):

@@ -26,14 +26,20 @@ class Member:
 
     Attributes:
         name: what it is called, see `members_of`.
-        others: what it may be called in a checkpoint of a program that ties or groups parameters otherwise.
-        part, key: where the state of modules has it; empty where none has.
+        places: where the state of modules has it: the part and the key of each of its names.
+        short: which of its keys are those of no other parameter, whatever the part.
     """
 
     name: str
-    others: Sequence[str] = ()
-    part: str = ""
-    key: str = ""
+    places: Sequence[tuple[str, str]] = ()
+    short: Sequence[str] = ()
+
+    @property
+    def others(self) -> Iterator[str]:
+        """What it may be called in a checkpoint of a program that ties or groups parameters otherwise."""
+        yield from self.short
+        for part, key in self.places:
+            yield f"{part}.{key}"
 
 
 def members_of(optimizer: Optimizer, modules: Mapping[str, nn.Module]) -> list[Member]:
@@ -50,7 +56,7 @@ def members_of(optimizer: Optimizer, modules: Mapping[str, nn.Module]) -> list[M
         for key, canonical in canonical_keys(module, names).items():
             found.setdefault(names[key], []).append((part, canonical))
     has_one_part = len({places[0][0] for places in found.values()}) == 1
-    # Without its part, the same name may be that of several.
+    # Without its part, the same key may be that of several.
     times = Counter(key for places in found.values() for key in {key for _, key in places})
     return [_member(nth, found.get(id(one), ()), times, has_one_part=has_one_part) for nth, one in enumerate(ours)]
 
@@ -58,11 +64,8 @@ def members_of(optimizer: Optimizer, modules: Mapping[str, nn.Module]) -> list[M
 def _member(nth: int, places: Sequence[tuple[str, str]], times: Mapping[str, int], *, has_one_part: bool) -> Member:
     if not places:
         return Member(f"unnamed.{nth}")
-    part, key = places[0]
-    full = [f"{part}.{key}" for part, key in places]
-    short = [key for _, key in places if times[key] == 1]
-    name = key if has_one_part else full[0]
-    return Member(name, [other for other in dict.fromkeys((*short, *full)) if other != name], part, key)
+    name = places[0][1] if has_one_part else ".".join(places[0])
+    return Member(name, places, [key for _, key in places if times[key] == 1])
 
 
 def by_name(state: Any, optimizer: Optimizer, members: Sequence[Member]) -> Any:
@@ -154,7 +157,9 @@ def live_parameters(optimizer: Optimizer) -> Iterator[Tensor]:
 
 
 def _called(member: Member, known: Mapping[str, Any]) -> str:
-    return next((name for name in (member.name, *member.others) if name in known), member.name)
+    if member.name in known:
+        return member.name
+    return next((name for name in member.others if name in known), member.name)
 
 
 def _values(
