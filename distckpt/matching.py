@@ -196,7 +196,7 @@ def _match_optimizer(
     saved: Any = snapshot.shared.get(name, snapshot.own.get(name))
     placements = None
     if is_by_name(saved):
-        numbered = by_number(_with_names(saved, selection), optimizer, parts.members_in(optimizer))
+        numbered = by_number(_with_names(saved, snapshot, selection), optimizer, parts.members_in(optimizer))
         state, placements = numbered.state, numbered.placements
         report.missing += [f"{name}.{one}{_nearest(one, numbered.unexpected)}" for one in numbered.missing[:_SHOWN]]
         report.missing += [f"{name}.{one}" for one in numbered.missing[_SHOWN:]]
@@ -226,19 +226,24 @@ def _match_optimizer(
     return into
 
 
-def _with_names(saved: dict[str, Any], selection: Selection) -> dict[str, Any]:
+def _with_names(saved: dict[str, Any], snapshot: Snapshot, selection: Selection) -> dict[str, Any]:
     """The state of an optimizer by the names that parameters have here."""
     if not selection.rename:
         return saved
-    groups = [
-        {**group, "params": [selection.renamed(one) for one in group["params"]]}
-        for group in saved["param_groups"].values()
-    ]
-    renamed = {"param_groups": {group["params"][0]: group for group in groups if group["params"]}}
+    modules = {part: state for part, state in snapshot.shared.items() if isinstance(state, dict)}
+
+    def renamed(name: str) -> str:
+        part, _, key = name.partition(".")
+        if key in modules.get(part, ()) and not any(name in keys for keys in modules.values()):
+            return f"{part}.{selection.renamed(key)}"  # it has parameters of several parts
+        return selection.renamed(name)
+
+    groups = [{**group, "params": [*map(renamed, group["params"])]} for group in saved["param_groups"].values()]
+    found = {"param_groups": {(group["params"] or [f"empty.{nth}"])[0]: group for nth, group in enumerate(groups)}}
     for key in ("state", "placements"):
         if key in saved:
-            renamed[key] = {selection.renamed(name): one for name, one in saved[key].items()}
-    return saved | renamed
+            found[key] = {renamed(name): one for name, one in saved[key].items()}
+    return saved | found
 
 
 def _match_module(

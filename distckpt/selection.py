@@ -14,7 +14,8 @@ class Selection:
 
     Attributes:
         only, exclude: patterns, as in a shell, of parts (``"optimizer"``) or of keys in them (``"model.head.*"``).
-        rename: regular expressions for keys of modules in the checkpoint, and what replaces them.
+        rename: regular expressions for keys of modules in the checkpoint, and what replaces them. Parameters that
+            optimizers know by name are called likewise.
     """
 
     only: Sequence[str] | None = None

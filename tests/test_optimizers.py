@@ -580,6 +580,20 @@ def test_a_layer_that_is_called_otherwise_now_is_renamed_in_the_optimizer_too():
     assert spelled(live.state_dict()) == spelled(optimizer.state_dict())
 
 
+def test_a_layer_is_renamed_in_an_optimizer_of_several_modules():
+    def program(name: str) -> tuple[nn.Module, nn.Module, torch.optim.Optimizer]:
+        one, other = nn.ModuleDict({name: nn.Linear(2, 2)}), nn.ModuleDict({name: nn.Linear(2, 3)})
+        return one, other, torch.optim.Adam([*one.parameters(), *other.parameters()])
+
+    one, other, optimizer = program("old")
+    for parameter in (*one.parameters(), *other.parameters()):
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    first, second, live = program("new")
+    laid(captured(one=one, other=other, optim=optimizer), rename={"^old": "new"}, one=first, other=second, optim=live)
+    assert spelled(live.state_dict()) == spelled(optimizer.state_dict())
+
+
 # What is no state by name
 
 
