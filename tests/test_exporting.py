@@ -9,6 +9,7 @@ import subprocess
 import sys
 import zipfile
 from collections import OrderedDict, deque
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -678,17 +679,22 @@ TENSORS, TENSOR_BYTES = 20, 20_000_000
 MOST_BYTES = 3 * TENSOR_BYTES  # three blocks of 8 MiB that are read ahead, a piece, and that once more where it is cast
 
 
-@pytest.fixture(scope="module", params=FORMATS)
-def large_run(request, tmp_path_factory) -> Path:
+@pytest.fixture(scope="module")
+def large_run(request, tmp_path_factory) -> Iterator[Path]:
     """A run with 400 MB of weights, and beside it one with few."""
     folder = tmp_path_factory.mktemp(request.param)
     large = {f"layers.{nth}": torch.full((5000, 1000), float(nth)) for nth in range(TENSORS)}
     save(folder / "large", request.param, model=Holder(large))
     save(folder / "small", request.param, model=Holder({"layers.0": torch.ones(3)}))
-    return folder
+    yield folder
+    shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize("to, dtype", [("safetensors", ""), ("pth", ""), ("dcp", ""), ("hf", "bfloat16")])
+@pytest.mark.parametrize(
+    "large_run, to, dtype",
+    [("full", "safetensors", ""), ("full", "pth", ""), ("full", "dcp", ""), ("sharded", "hf", "bfloat16")],
+    indirect=["large_run"],
+)
 def test_the_memory_that_it_takes_does_not_grow_with_the_tensors(large_run, tmp_path, to, dtype):
     places = [str(place) for place in (large_run / "small", large_run / "large", tmp_path / "out")]
     done = subprocess.run(
