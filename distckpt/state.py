@@ -20,6 +20,8 @@ from distckpt.wrappers import canonical_keys
 
 RNG = "rng"
 
+_FSDP1 = "torch.distributed.fsdp.fully_sharded_data_parallel"  # not imported: that takes long
+
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 _RESERVED = {RNG, "state", "manifest", "claim"}
 
@@ -38,6 +40,7 @@ class Parts:
             raise TypeError(f"state should be a dict of names and objects with state_dict, is {type(state).__name__}")
         for name, part in state.items():
             _check_part(name, part)
+        _check_optimizers(state)
         if per_rank is not None:
             if isinstance(per_rank, str) or not isinstance(per_rank, Collection):
                 raise TypeError(f"per_rank should be a list of names in state, is {per_rank!r}")
@@ -97,6 +100,27 @@ def _state_of(part: Any) -> Any:
 
 def _is_iterable(part: Any) -> bool:
     return hasattr(type(part), "__iter__") and not isinstance(part, nn.Module)
+
+
+def _check_optimizers(state: Mapping[str, Any]) -> None:
+    """None has parameters of which each rank has a piece that says nothing of where it lies in the whole."""
+    cut = set()
+    for part in state.values():
+        for module in part.modules() if isinstance(part, nn.Module) else ():
+            if _is_cut_by_fsdp1(module):
+                cut |= {id(one) for one in module.parameters()}
+    for name, part in state.items():
+        if cut and isinstance(part, torch.optim.Optimizer) and any(id(one) in cut for one in live_parameters(part)):
+            raise TypeError(
+                f"state[{name!r}] has parameters that FullyShardedDataParallel (FSDP1) has cut into pieces, and of its "
+                "state each rank has a piece that only the same ranks could use: wrap the model in "
+                "torch.distributed.fsdp.fully_shard instead, whose pieces know where they belong"
+            )
+
+
+def _is_cut_by_fsdp1(module: nn.Module) -> bool:
+    is_fsdp1 = any(kind.__module__ == _FSDP1 for kind in type(module).__mro__)
+    return is_fsdp1 and getattr(getattr(module, "sharding_strategy", None), "name", "") != "NO_SHARD"
 
 
 def _check_part(name: object, part: Any) -> None:

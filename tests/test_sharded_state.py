@@ -14,6 +14,7 @@ import torch.distributed as dist
 from sharded_programs import (
     Holder,
     Net,
+    Wide,
     adamw,
     ddp,
     differing,
@@ -31,7 +32,7 @@ from sharded_programs import (
     wide_fsdp,
 )
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Replicate
 
@@ -338,6 +339,35 @@ def test_moments_that_ranks_have_shared_among_them_go_by_name_too(run_ranks, tmp
     expected, *_ = run_ranks(2, save_zero, str(tmp_path / "run"))
     found, *_ = run_ranks(ranks, restore_zero, str(tmp_path / "run"), is_zero)
     assert len(expected) == 3 * 7 and differing(found, expected) == []
+
+
+# FSDP1: each rank has a piece of the moments that says nothing of where it belongs
+
+
+def fsdp1(**words: Any) -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = FullyShardedDataParallel(plain(Wide), device_id=torch.device("cpu"), **words)
+    return model, adamw(model)
+
+
+def of_fsdp1(rank: int, out: str) -> list[str]:
+    """What is refused, and what is not: weights alone, which FSDP1 puts together, and moments that it did not cut."""
+    refused = []
+    for format in ("sharded", "full"):
+        for has_names in (True, False):
+            model, optimizer = fsdp1(use_orig_params=has_names)
+            with pytest.raises(TypeError) as raised, running(out, {"model": model, "o": optimizer}, format=format):
+                pass
+            refused.append(str(raised.value))
+    whole = fsdp1(use_orig_params=True, sharding_strategy=ShardingStrategy.NO_SHARD)
+    with running(out, {"model": model}), running(f"{out}.whole", {"model": whole[0], "o": whole[1]}) as ckpt:
+        ckpt.step()
+        ckpt.save(wait=True)
+    return refused
+
+
+def test_moments_that_fsdp1_has_cut_are_refused_before_training(run_ranks, tmp_path):
+    for told_by in run_ranks(2, of_fsdp1, str(tmp_path / "run")):
+        assert len(told_by) == 4 and all("state['o'] has parameters" in one and "fully_shard" in one for one in told_by)
 
 
 # From one format to the other

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
 
 _PLAIN = (Tensor, nn.Parameter)
@@ -18,7 +19,7 @@ def is_savable(tensor: Tensor) -> bool:
     Not so where they lie in several tensors (sparse, quantized, nested, subclasses that wrap others), on several ranks,
     or nowhere.
     """
-    if type(tensor) not in _PLAIN and (nn.parameter.is_lazy(tensor) or isinstance(tensor, DTensor)):
+    if type(tensor) not in _PLAIN and (nn.parameter.is_lazy(tensor) or isinstance(tensor, (DTensor, ShardedTensor))):
         return False
     if tensor.layout is not torch.strided or tensor.is_nested or tensor.dtype in _QUANTIZED:
         return False
@@ -40,6 +41,8 @@ def check_savable(tensor: Tensor, path: str) -> None:
             f"{path} is sharded over ranks (a DTensor), which a file of whole tensors cannot hold: gather it in "
             "state_dict() (e.g. StateDictOptions(full_state_dict=True)) or leave it out"
         )
+    if isinstance(tensor, ShardedTensor):
+        raise TypeError(f"{path} cannot be saved: it is a ShardedTensor, which PyTorch replaced by DTensor")
     kind = f"{type(tensor).__name__} of {tensor.dtype}, {tensor.layout}"
     raise TypeError(f"{path} cannot be saved: it is a {kind}, on {tensor.device}")
 
