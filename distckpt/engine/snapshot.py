@@ -233,7 +233,7 @@ class Staging:
         at, end = start, start + image.size_bytes
         while at < end:
             block = at // BLOCK_BYTES
-            self._now.free(block - 1)  # the one before may be just being written
+            self._now.free(max(block - 1, 0))  # the one before may be just being written
             self._now.wait_for(block)
             self._late.wait_for(block)
             stop = min(end, (block + 1) * BLOCK_BYTES)

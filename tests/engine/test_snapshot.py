@@ -246,3 +246,28 @@ def test_the_device_copies_again_what_is_taken_again(device):
     assert torch.equal(one.arena.memory[: one.tensor.nbytes].view(torch.float32).view(200, 200), one.tensor)
     assert device.notes.count("the copy on side") == 2
     one.close()
+
+
+def test_a_writer_that_comes_before_the_copy_waits_for_it_and_not_the_copy_for_the_writer(
+    eager: Stager, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    has_come = threading.Event()
+    free, work = copying.Copy.free, copying.Copy.work
+
+    def freeing(copy: copying.Copy, blocks: int) -> None:
+        free(copy, blocks)
+        has_come.set()
+
+    def late(copy: copying.Copy) -> None:
+        assert has_come.wait(20), "the writer never came"
+        work(copy)
+
+    monkeypatch.setattr(copying.Copy, "free", freeing)
+    monkeypatch.setattr(copying.Copy, "work", late)
+    staged = eager.take(FORMAT.lay_out(Snapshot({"model": {"weight": torch.arange(100_000.0)}}), 0))
+    (tmp_path / "step").mkdir()
+    writing = Background(lambda: staged.write(LocalStore(tmp_path), "step"))
+    staging = Background(staged.stage)
+    staging.result()
+    assert writing.result().files
+    staged.release()
