@@ -78,8 +78,15 @@ def worked_out(mean: Tensor) -> Tensor:
     return mean
 
 
+def on_all_ranks(tensor: Tensor) -> Tensor:
+    if isinstance(tensor, DTensor):
+        return tensor.redistribute(placements=[Replicate()] * tensor.device_mesh.ndim)
+    return tensor.clone()
+
+
 class Factored(torch.optim.Optimizer):
-    """Keeps means over rows and over columns, as Adafactor does, spread as they come out of its parameters."""
+    """Keeps means over rows and over columns, as Adafactor does, spread as they come out of its parameters; a copy of
+    the first that is on all ranks; and numbers that are not spread."""
 
     def __init__(self, parameters: Any) -> None:
         super().__init__(parameters, {"lr": 0.01})
@@ -93,6 +100,8 @@ class Factored(torch.optim.Optimizer):
                 for name, dim in (("rows", -1), ("columns", 0)):
                     mean = worked_out(square.mean(dim=dim, keepdim=True))
                     state[name] = mean if name not in state else state[name].add_(mean)
+                state["copy"] = on_all_ranks(state["rows"])
+                state["pair"] = state.get("pair", torch.zeros(2)) + 1
                 one -= group["lr"] * one.grad / (state["rows"] * state["columns"]).sqrt()
 
 
