@@ -77,7 +77,7 @@ class TensorGroup:
     @classmethod
     def of(cls, dtype: str, shape: tuple[int, ...], chunks: Chunks | Grid, keys: tuple[str, ...]) -> TensorGroup:
         """Tensors that consist of these chunks."""
-        if len(chunks.files) == 1 and chunks.sizes == shape:
+        if len(chunks.files) == 1 and (isinstance(chunks, Grid) or chunks.sizes == shape):
             return cls(chunks.files[0], dtype, shape, keys)
         return cls("", dtype, shape, keys, chunks)
 

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from distckpt.formats.boxes import Ints, fault, overlaps
+from distckpt.formats.boxes import Ints, are_whole, cells, corners, fault, grid_of, overlaps
+from distckpt.progressions import condensed
 
 Shape = tuple[int, ...]
 Box = tuple[Shape, Shape]  # offsets, and sizes
@@ -26,7 +27,7 @@ def elements(box: Box) -> set[Shape]:
     return set(product(*(range(begin, begin + size) for begin, size in zip(*box, strict=True))))
 
 
-def are_whole(shape: Shape, boxes: list[Box]) -> bool:
+def is_painted_once(shape: Shape, boxes: list[Box]) -> bool:
     """By looking at each element."""
     if 0 in shape:
         return boxes == [((0,) * len(shape), shape)]
@@ -36,7 +37,7 @@ def are_whole(shape: Shape, boxes: list[Box]) -> bool:
 
 def assert_judged(shape: Shape, boxes: list[Box]) -> None:
     told = fault(shape, *rows(boxes, len(shape)))
-    assert (told == "") == are_whole(shape, boxes), told
+    assert (told == "") == is_painted_once(shape, boxes), told
 
 
 def grid(shape: Shape, cuts: list[set[int]]) -> list[Box]:
@@ -104,7 +105,7 @@ def spoilt(draw: st.DrawFn) -> tuple[Shape, list[Box]]:
 
 @given(spoilt())
 def test_boxes_that_are_not_whole_are_found(case):
-    assume(not are_whole(*case))
+    assume(not is_painted_once(*case))
     assert_judged(*case)
 
 
@@ -187,3 +188,60 @@ def test_what_boxes_share_with_one_is_what_is_in_both(data):
 def test_numbers_without_dimensions_share_their_element():
     found, low, high = overlaps((), (), *rows([((), ())], 0))
     assert found.tolist() == [0] and low.shape == high.shape == (1, 0)
+
+
+def in_order(shape: Shape, boxes: list[Box]) -> tuple[Ints, Ints]:
+    offsets, sizes = rows(boxes, len(shape))
+    order = np.argsort(corners(shape, offsets), kind="stable")
+    return offsets[order], sizes[order]
+
+
+@given(st.lists(st.one_of(covers, spoilt()), min_size=1, max_size=4).map(lambda of: [one for one in of if one[1]]))
+def test_of_many_tensors_those_are_whole_that_are_and_grids_all_are_known_to_be(many):
+    for dims in {len(shape) for shape, _ in many}:
+        mine = [one for one in many if len(one[0]) == dims]
+        parts = [in_order(*one) for one in mine]
+        counts = [len(boxes) for _, boxes in mine]
+        is_first = np.concatenate([np.arange(count) == 0 for count in counts])
+        wholes = np.repeat([shape for shape, _ in mine], counts, axis=0)
+        offsets, sizes = (np.concatenate([part[at] for part in parts]) for at in (0, 1))
+        told = are_whole(wholes, offsets, sizes, is_first).tolist()
+        assert len(told) == len(mine)
+        for is_known, (shape, boxes), part in zip(told, mine, parts, strict=True):
+            assert not is_known or is_painted_once(shape, boxes)
+            assert is_known or not is_painted_once(shape, boxes) or grid_of(*part) is None
+
+
+@given(covers)
+def test_cells_of_a_grid_are_known_as_one_and_made_from_it_again(cover):
+    shape, boxes = cover
+    offsets, sizes = in_order(shape, boxes)
+    starts = grid_of(offsets, sizes)
+    cuts = [sorted({box[0][dim] for box in boxes}) for dim in range(len(shape))]
+    is_grid = sorted(boxes) == sorted(grid(shape, [set(cut) for cut in cuts]))
+    assert (starts is not None) == is_grid
+    if starts is not None:
+        assert starts == tuple(map(condensed, cuts))
+        made = cells(shape, starts)
+        assert (made[0] == offsets).all() and (made[1] == sizes).all()
+
+
+def test_a_number_is_a_grid_of_one_cell():
+    offsets, sizes = cells((), ())
+    assert offsets.shape == sizes.shape == (1, 0) and grid_of(offsets, sizes) == ()
+
+
+@pytest.mark.parametrize(
+    "boxes",
+    [
+        [((0,), (2,)), ((2,), (0,)), ((2,), (2,))],
+        [((0,), (3,)), ((3,), (-1,)), ((2,), (2,))],
+        [((0,), (6,)), ((6,), (-2,))],
+        [((0,), (3,))],
+        [((1,), (3,))],
+    ],
+)
+def test_boxes_that_only_follow_each_other_are_not_whole(boxes):
+    offsets, sizes = rows(boxes, 1)
+    is_first = np.arange(len(boxes)) == 0
+    assert are_whole(np.full_like(offsets, 4), offsets, sizes, is_first).tolist() == [False]

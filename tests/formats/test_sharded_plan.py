@@ -173,6 +173,26 @@ def test_hsdp_replicas_share_each_shard():
     assert (loads.max(axis=0) / loads.mean(axis=0)).max() <= 1.005
 
 
+def test_replicas_share_what_is_cut_into_more_and_into_fewer_shards():
+    job = Job(8)
+    for nth in range(4):
+        job.spread(f"t{nth}.few", (3, 700_001), [Replicate(), Shard(0)], (2, 4))
+        job.spread(f"t{nth}.many", (4096, 515), [Replicate(), Shard(0)], (2, 4))
+    loads = np.array(bytes_by_rank(job, assert_planned(job))).reshape(2, 4)
+    assert (loads.max(axis=0) / loads.mean(axis=0)).max() <= 1.005
+
+
+def test_who_writes_more_than_others_anyway_takes_less_of_what_all_hold():
+    job = Job(4)
+    job.replicated("alone", (1000, 1000), [0])
+    job.replicated("of two", (3001, 1000), [1, 2])
+    job.spread("of two that another one shares", (2, 2501, 500), [Shard(0)], ranks=[2, 3])
+    for nth in range(5):
+        job.replicated(f"of all {nth}", (4999, 1000))
+    loads = bytes_by_rank(job, assert_planned(job))
+    assert max(loads) / (sum(loads) / 4) <= 1.005
+
+
 def test_fsdp_over_tensor_parallel_ranks():
     job = Job(8)
     rows = [_StridedShard(0, split_factor=2), Shard(0)]
