@@ -310,6 +310,26 @@ def test_state_that_the_first_step_of_an_expert_makes_on_one_rank_is_saved(run_r
     assert run_ranks(1, restore_experts, out) == [[[], both, both]]
 
 
+def save_before_and_after_the_first_step(rank: int, out: str) -> list[bool]:
+    """Whether the ranks have to agree anew after each save."""
+    model = Stage([0])
+    optimizer = adamw(model)
+    found = []
+    with running(out, {"model": model, "optim": optimizer}) as ckpt:
+        for steps in (0, 1, 1):
+            step(model, optimizer, steps)
+            ckpt.step()
+            ckpt.save(wait=True)
+            found.append(ckpt._run._format.planner.is_due)
+    return found
+
+
+def test_the_ranks_agree_on_the_state_that_the_first_step_makes_before_it_is_saved(run_ranks, tmp_path):
+    out = str(tmp_path / "run")
+    assert run_ranks(2, save_before_and_after_the_first_step, out) == [[True, False, False]] * 2
+    assert all(len(files) == 1 for files in lies(out, 2).values()) and len(lies(out, 2)) == 2 + 2 * 3
+
+
 # Two at once, and little to write
 
 

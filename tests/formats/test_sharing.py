@@ -157,3 +157,10 @@ def test_all_ranks_that_ask_are_told_the_same():
     group = evenly(sizes, item_bytes, 7)
     one, other = (share(group, sizes, bytes_of(sizes, item_bytes)) for _ in range(2))
     assert (one.owners == other.owners).all() and one.cuts == other.cuts
+
+
+def test_what_is_smaller_than_a_page_is_not_cut():
+    half = 1 << 20
+    sizes = [(half - 8,), (16,), (half - 8,)]  # the middle of all lies in the second
+    shares = share(Group((0, 1), (half, half)), sizes, bytes_of(sizes, [1, 1, 1]))
+    assert not shares.cuts and shares.owners.tolist() in ([0, 0, 1], [0, 1, 1])
