@@ -20,11 +20,13 @@ from sharded_programs import (
     differing,
     fsdp,
     fsdp_and_tensor_parallel,
+    fused,
     mesh_of,
     plain,
     restored,
     running,
     saved,
+    strided,
     told,
     train,
     whole,
@@ -408,6 +410,16 @@ def test_a_run_goes_on_in_either_format_with_any_program(run_ranks, tmp_path):
     ):
         for found in run_ranks(ranks, go_on, out, make, format):
             assert differing(found, expected) == [], (make.__name__, format)
+
+
+@pytest.mark.parametrize(
+    "make, other, ranks", [(wide, fsdp_and_tensor_parallel, 4), (fused, strided, 2)], ids=["tensor parallel", "strided"]
+)
+def test_what_was_saved_whole_is_cut_in_every_way(run_ranks, tmp_path, make, other, ranks):
+    out = str(tmp_path / "run")
+    expected, *_ = run_ranks(1, save_run, out, make, "full")
+    for found in run_ranks(ranks, restore_run, out, other):
+        assert differing(found, expected) == []
 
 
 def start(rank: int, out: str, source: str, make: Make) -> dict[str, np.ndarray]:
