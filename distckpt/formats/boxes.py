@@ -32,14 +32,10 @@ def fault(shape: Sequence[int], offsets: Ints, sizes: Ints) -> str:
     held, all_of_it = int(sizes.prod(axis=1).sum()), math.prod(shape)
     if held < all_of_it:
         return f"{all_of_it - held} of its {all_of_it} elements are missing"
-    if (
-        held == all_of_it
-        and _follow(np.broadcast_to(whole, offsets.shape), offsets, sizes, _only_first(len(offsets))).all()
-    ):
+    is_first = np.arange(len(offsets)) == 0
+    if held == all_of_it and _follow(np.broadcast_to(whole, offsets.shape), offsets, sizes, is_first).all():
         return ""
-    if held > all_of_it or not _are_apart(offsets, offsets + sizes):
-        return "parts of it overlap"
-    return ""
+    return "" if held == all_of_it and _are_apart(offsets, offsets + sizes) else "parts of it overlap"
 
 
 def are_whole(wholes: Ints, offsets: Ints, sizes: Ints, is_first: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -118,12 +114,6 @@ def _follow(wholes: Ints, offsets: Ints, sizes: Ints, is_first: NDArray[np.bool_
     is_last = np.append(is_first[1:], True)
     sound: NDArray[np.bool_] = follow & is_inside & (is_at_end.all(axis=1) | ~is_last)
     return sound
-
-
-def _only_first(count: int) -> NDArray[np.bool_]:
-    is_first = np.zeros(count, dtype=bool)
-    is_first[:1] = True
-    return is_first
 
 
 def _distinct(column: Ints) -> Ints:

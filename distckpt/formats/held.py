@@ -134,7 +134,7 @@ class Rows:
 
     def begins(self, which: str) -> Ints:
         """Of each tensor where its box begins among the rows of a rank that told that."""
-        nth = unpack_numbers(which) if which else np.zeros(len(self.shape_of), dtype=np.int64)
+        nth = unpack_numbers(which).astype(np.int64) if which else np.zeros(len(self.shape_of), dtype=np.int64)
         counts = np.zeros(len(self.shapes), dtype=np.int64)
         np.maximum.at(counts, self.shape_of, nth + 1)
         sizes = counts * self._widths

@@ -67,6 +67,14 @@ def test_of_ranks_that_know_the_same_one_tells_what_it_is(holding):
     assert boxes_in(told, list(holding.kinds)) == holding.boxes
 
 
+@pytest.mark.parametrize("count", [255, 256, 257])
+def test_a_rank_may_have_any_number_of_boxes_of_one_shape(count):
+    kinds = [Kind(f"t{nth:03d}", 0, "F32", (1000,)) for nth in range(count)]
+    kinds += [Kind("u", 0, "F32", (7,))]
+    boxes = [*(Box((nth,), (1,), ()) for nth in range(count)), Box((5,), (2,), ())]
+    assert boxes_in(told_by(Holding(kinds, boxes)), kinds) == boxes
+
+
 @pytest.mark.parametrize("change", [{"key": "other"}, {"dtype": "BF16"}, {"shape": (2, 6)}, {"nth": 1}])
 def test_ranks_that_know_something_else_tell_another_schema(change):
     kinds = [Kind("weight", 0, "F32", (3, 4)), Kind("z", 0, "F32", (3, 4))]
