@@ -133,6 +133,13 @@ def test_ranks_agree_anew_as_long_as_an_optimizer_has_no_state(tmp_path):
     assert are_due(saves) == [False] * 2
 
 
+def test_an_optimizer_that_never_has_any_state_is_waited_for_once(tmp_path):
+    saves = Saves(tmp_path / "run", 2, make_format=Sharded)
+    for step in (1, 2):
+        saves.save(step, snapshot=lambda rank: states("a", has_stepped=False))
+    assert are_due(saves) == [False] * 2
+
+
 def test_ranks_agree_anew_after_a_save_that_failed(tmp_path):
     saves = Saves(tmp_path / "run", 2, make_format=Sharded)
     saves.save(1)

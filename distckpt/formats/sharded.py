@@ -23,6 +23,9 @@ from distckpt.formats.sharing import writers_of
 from distckpt.manifest import Manifest, TensorGroup
 from distckpt.stores import Store
 
+# Plans that are made although an optimizer has no state yet.
+_FEW = 2
+
 
 class Sharded:
     """See the module, and `distckpt.formats.Format` for what each method promises."""
@@ -65,6 +68,7 @@ class _Planner:
         self._seen: Seen | None = None
         self.made = Plan((), {}, {})
         self.is_due = True
+        self._taken = 0
 
     def look(self, snapshot: Snapshot, rank: int) -> str:
         self._seen = self._layouts.see(snapshot, rank)
@@ -87,7 +91,8 @@ class _Planner:
         assert self._seen is not None, "it looked before"
         self._layouts.plan(rank, answer, self._seen)
         self._seen = None
-        self.is_due = answer["is_growing"]
+        self._taken += 1
+        self.is_due = answer["is_growing"] and self._taken < _FEW  # some optimizers never have any state
 
 
 FORMAT = Sharded()
