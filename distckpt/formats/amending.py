@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +21,13 @@ class _Chunk(NamedTuple):
     sizes: tuple[int, ...]
 
 
-_Kind = tuple[str, tuple[int, ...]]
+@dataclass(frozen=True)
+class _Group:
+    """Tensors that are alike, and what was written of each of them."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    chunks: Sequence[_Chunk]
 
 
 def amended(
@@ -37,33 +44,47 @@ def amended(
     Raises:
         ValueError: naming a tensor that was not written whole, or is not the same on all ranks.
     """
-    kinds: dict[str, _Kind] = {}
-    chunks: defaultdict[str, list[_Chunk]] = defaultdict(list)
-    wanted: set[str] = set()  # what some rank has
+    groups: list[_Group] = []
+    members: dict[str, tuple[int, ...]] = {}  # the groups in which each tensor is, of those that some rank has
     for group in planned:
         written = [one for one in _chunks(group) if layout.rank_of(one.file) not in others]
-        for key in group.keys:
-            if not holders[key] <= others.keys():
-                wanted.add(key)
-                kinds[key] = group.dtype, group.shape
-                chunks[key] += written
+        members |= {key: (len(groups),) for key in group.keys if not holders[key] <= others.keys()}
+        groups.append(_Group(group.dtype, group.shape, written))
     for rank in sorted(others):
         for group in others[rank]:
             for key in group.keys:
-                wanted.add(key)
-                if kinds.setdefault(key, (group.dtype, group.shape)) != (group.dtype, group.shape):
+                known = members.get(key, ())
+                if known and (groups[known[0]].dtype, groups[known[0]].shape) != (group.dtype, group.shape):
                     raise ValueError(f"{ascii(key)[:120]} is not the same on all ranks")
-                chunks[key] += [one for one in _chunks(group) if not _is_among(one, chunks[key])]
-    return _grouped({key: _apart(chunks[key]) for key in kinds if key in wanted}, kinds)
+                members[key] = (*known, len(groups))
+            groups.append(_Group(group.dtype, group.shape, _chunks(group)))
+    alike: defaultdict[tuple[int, ...], list[str]] = defaultdict(list)
+    for key, of in members.items():
+        alike[of].append(key)
+    return tuple(_joined([groups[one] for one in of], keys) for of, keys in alike.items())
 
 
-def _is_among(chunk: _Chunk, chunks: Sequence[_Chunk]) -> bool:
-    return any(one[1:] == chunk[1:] for one in chunks)
+def _joined(groups: Sequence[_Group], keys: Sequence[str]) -> TensorGroup:
+    """All that was written of these tensors, each part of them once."""
+    dtype, shape = groups[0].dtype, groups[0].shape
+    found: dict[tuple[tuple[int, ...], tuple[int, ...]], _Chunk] = {}
+    for group in groups:
+        for one in group.chunks:
+            found.setdefault((one.offsets, one.sizes), one)
+    chunks = list(found.values())
+    if _fault(shape, chunks):
+        # Who wrote all that it has, wrote what others wrote a part of.
+        chunks = [one for one in chunks if not any(_is_within(one, other) for other in chunks)]
+    if why := _fault(shape, chunks):
+        raise ValueError(f"{ascii(keys[0])[:120]} of shape {shape} was not written whole: {why}")
+    lies = Chunks.joined([Chunks((one.file,), one.offsets, one.sizes) for one in chunks])
+    return TensorGroup.of(dtype, shape, lies, tuple(keys))
 
 
-def _apart(chunks: list[_Chunk]) -> list[_Chunk]:
-    """Without those that lie within another one: who wrote all that it has, wrote what others wrote a part of."""
-    return [one for one in chunks if not any(_is_within(one, other) for other in chunks)]
+def _fault(shape: tuple[int, ...], chunks: Sequence[_Chunk]) -> str:
+    rows = (len(chunks), len(shape))
+    offsets, sizes = (np.array([one[at] for one in chunks], dtype=np.int64).reshape(rows) for at in (1, 2))
+    return fault(shape, offsets, sizes)
 
 
 def _is_within(one: _Chunk, other: _Chunk) -> bool:
@@ -81,16 +102,3 @@ def _chunks(group: TensorGroup) -> list[_Chunk]:
         _Chunk(file, chunks.offsets[at : at + dims], chunks.sizes[at : at + dims])
         for file, at in zip(chunks.files, range(0, dims * len(chunks.files), dims), strict=True)
     ]
-
-
-def _grouped(chunks: Mapping[str, Sequence[_Chunk]], kinds: Mapping[str, _Kind]) -> tuple[TensorGroup, ...]:
-    alike: defaultdict[tuple[_Kind, Chunks], list[str]] = defaultdict(list)
-    for key, told in chunks.items():
-        dtype, shape = kinds[key]
-        rows = (len(told), len(shape))
-        offsets, sizes = (np.array([one[at] for one in told], dtype=np.int64).reshape(rows) for at in (1, 2))
-        if why := fault(shape, offsets, sizes):
-            raise ValueError(f"{ascii(key)[:120]} of shape {shape} was not written whole: {why}")
-        joined = Chunks.joined([Chunks((one.file,), one.offsets, one.sizes) for one in told])
-        alike[kinds[key], joined].append(key)
-    return tuple(TensorGroup.of(*kind, lies, tuple(keys)) for (kind, lies), keys in alike.items())
