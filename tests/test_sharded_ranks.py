@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import RankProcesses
+from rank_processes import RankProcesses
 from sharded_programs import (
     ddp,
     differing,

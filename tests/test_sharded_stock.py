@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from rank_processes import RankProcesses
 from safetensors import safe_open
 from sharded_programs import (
     adamw,
@@ -89,8 +90,6 @@ def read(rank: int, root: str, world_size: int, expected: dict[str, Any]) -> dic
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What was saved, by the folder that it was saved in."""
-    from conftest import RankProcesses
-
     root = str(tmp_path_factory.mktemp("runs"))
     expected: dict[str, Any] = {}
     for count in (1, 2, 3, 4):

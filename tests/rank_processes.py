@@ -1,0 +1,94 @@
+"""Ranks that are real processes over gloo, forked so that they cost a tenth of a second."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Collection
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._dynamo  # DDP imports it: once here, and not in each forked rank
+import torch.distributed as dist
+
+# c10d asks for the name of each address that connects, for its log: where an answer is lost, that takes 5 s.
+os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
+
+# A forked child of a process whose OpenMP pool has started hangs in its first parallel region.
+torch.set_num_threads(1)
+
+
+class RankProcesses:
+    """Runs a function on N forked gloo ranks, and knows how each ended."""
+
+    def __call__(
+        self, world_size: int, work: Callable[..., Any], *args: Any, seconds: float = 60.0, lost: Collection[int] = ()
+    ) -> list[Any]:
+        """What ``work(rank, *args)`` returned on each rank; a rank that raised, died or hangs fails the test.
+
+        The ranks in ``lost`` are expected to; their result is None, and while others go on nobody waits
+        for them.
+        """
+        context = multiprocessing.get_context("fork")
+        with tempfile.TemporaryDirectory() as folder:
+            pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
+            ranks = [
+                context.Process(target=_run, args=(rank, world_size, folder, writer, work, args))
+                for rank, (_, writer) in enumerate(pipes)
+            ]
+            for rank in ranks:
+                rank.start()
+            for _, writer in pipes:
+                writer.close()
+            try:
+                deadline = time.monotonic() + seconds
+                told = {rank: _receive(reader, deadline) for rank, (reader, _) in enumerate(pipes) if rank not in lost}
+            finally:
+                for nth, rank in enumerate(ranks):
+                    rank.join(0 if nth in lost and len(lost) < world_size else 30)
+                    rank.kill()
+                    rank.join()
+        failed = {rank: words for rank, (ending, words) in told.items() if ending != "returned"}
+        assert not failed, "\n".join(f"rank {rank}: {words}" for rank, words in failed.items())
+        return [told[rank][1] if rank in told else None for rank in range(world_size)]
+
+
+def _receive(reader: Connection, deadline: float) -> Any:
+    try:
+        if not reader.poll(max(0.0, deadline - time.monotonic())):
+            return ("hangs", "did not end in time")
+        return reader.recv()
+    except EOFError:
+        return ("died", "without a word")
+
+
+def _run(
+    rank: int, world_size: int, folder: str, writer: Connection, work: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    try:
+        store = _meet(rank, world_size, Path(folder) / "port")
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=60))
+        told = ("returned", work(rank, *args))
+    except BaseException as error:  # told to the test, which judges it
+        told = ("raised", "".join(traceback.format_exception(error)))
+    writer.send(told)
+    writer.close()
+    os._exit(0)  # without the parent's exit handlers
+
+
+def _meet(rank: int, world_size: int, place: Path) -> dist.TCPStore:
+    if rank == 0:
+        store = dist.TCPStore("127.0.0.1", 0, world_size, is_master=True, wait_for_workers=False)
+        draft = place.with_suffix(".draft")
+        draft.write_text(str(store.port))
+        draft.rename(place)
+        return store
+    while not place.exists():
+        time.sleep(0.002)
+    return dist.TCPStore("127.0.0.1", int(place.read_text()), world_size, is_master=False)
