@@ -16,7 +16,7 @@ from distckpt.formats import Format, Snapshot
 from distckpt.formats.dcp_native import NativeFolder
 from distckpt.formats.dcp_reading import Folder, OpenedFolder
 from distckpt.formats.dcp_safetensors import SafetensorsFolder
-from distckpt.formats.pth import read_pth
+from distckpt.formats.pth import open_pth
 from distckpt.manifest import Manifest
 from distckpt.prefixes import BESIDE, assign
 from distckpt.selection import Selection
@@ -93,20 +93,19 @@ def open_modules(
         raise ValueError(f"init_from: {source} is one file, and state has {len(wanted)} modules: {', '.join(wanted)}")
     if path.suffix == ".safetensors":
         return _open_foreign(source, SafetensorsFolder(LocalStore(path.parent), {path.name: None}), wanted, selection)
-    weights = _weights(read_pth(path))
+    file = open_pth(path)
+    weights = _weights(file.value)
     assigned = assign(list(weights), wanted, renamed=selection.renamed)
     shared = {part: {key: weights[name] for key, name in keys.items()} for part, keys in assigned.names.items()}
-    return Source(_Read(Snapshot(shared)), assigned.left)
+    return Source(_Found(Snapshot(shared), file.fill), assigned.left)
 
 
-class _Read:
-    """What was read whole when it was opened."""
+@dataclass
+class _Found:
+    """Modules found in a file."""
 
-    def __init__(self, snapshot: Snapshot) -> None:
-        self.snapshot = snapshot
-
-    def fill(self, targets: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Nothing is left to be read."""
+    snapshot: Snapshot
+    fill: Callable[[Sequence[tuple[Tensor, Tensor]]], None]
 
 
 def _open_copy(path: Path, names: Collection[str], get_format: Callable[[str], Format]) -> Readable:

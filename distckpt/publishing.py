@@ -9,7 +9,8 @@ from collections.abc import Collection
 
 from distckpt import layout
 from distckpt.catalog import Catalog
-from distckpt.formats.pth import read_pth, write_stream
+from distckpt.formats.pth import open_pth, write_stream
+from distckpt.formats.stand_ins import NewMemory
 
 _log = logging.getLogger("distckpt")
 
@@ -28,15 +29,19 @@ def publish(catalog: Catalog, place: str, name: str, keys: Collection[str]) -> s
         OSError, Superseded: where it cannot be written, or may not be any more; nothing is published then.
     """
     catalog.attempt.check()
-    held = read_pth(place)
+    file = open_pth(place)
+    held = file.value
     if missing := [key for key in keys if key not in held]:
         _log.warning("%s has no %s, so the published file has none either", name, ", ".join(missing))
     if removed := [key for key in held if key not in keys]:
         _log.info("%s is published without %s, which published_keys does not name", name, ", ".join(removed))
+    memory = NewMemory()
+    kept = memory.replaced({key: value for key, value in held.items() if key in keys})
+    file.fill(memory.targets)
     draft = f"{layout.DRAFT_PREFIX}{name}-{secrets.token_hex(4)}"
     digest = hashlib.sha256()
     with catalog.store.create(draft) as sink:
-        write_stream({key: value for key, value in held.items() if key in keys}, sink, digest)
+        write_stream(kept, sink, digest)
     published = layout.published_file(name, digest.hexdigest())
     catalog.store.move(draft, published)
     catalog.store.settle()

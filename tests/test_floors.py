@@ -37,6 +37,7 @@ ENGINE = {
 HANDS = {
     *HANDS_WITHOUT_TORCH,
     *("formats.full", "formats.known", "formats.pth", "formats.safetensors_file", "formats.tree"),
+    *("formats.pth_reading", "formats.pth_unpickling", "formats.pth_whole"),
     *("formats.full_layout", "formats.safetensors_layout", "formats.savable", "formats.form"),
     *("formats.tensor_pickle", "formats.zip_archive", "formats.zip_image"),
     *("formats.amending", "formats.boxes", "formats.held", "formats.merging", "formats.shard_file", "formats.sharded"),

@@ -19,10 +19,9 @@ from torch import Tensor
 from distckpt import strict_json
 from distckpt.errors import DamagedCheckpoint
 from distckpt.formats import Chunk, Piece
-from distckpt.formats.filling import Cut, Span, fill
+from distckpt.formats.filling import Span, fill, span_of
 from distckpt.formats.hashing import Hash
 from distckpt.formats.safetensors_file import DTYPES_BY_NAME
-from distckpt.formats.shards import boxes_of, is_spread, view_of
 from distckpt.formats.streaming import stream
 from distckpt.manifest import FileEntry
 from distckpt.stores import Source, Store
@@ -78,7 +77,7 @@ class SafetensorsFile:
             OSError: where it cannot be read.
         """
         with self._checked() as (source, digest):
-            fill(source, [_span(held, targets.get(key, ())) for key, held in self.held.items()], digest)
+            fill(source, [span_of(*held, targets.get(key, ())) for key, held in self.held.items()], digest)
 
     def pieces(self, chunks: Mapping[str, Sequence[Chunk]]) -> Iterator[Piece]:
         """The elements of the tensors of which chunks are given, each the whole of what lies under its key, in the
@@ -137,15 +136,6 @@ def read_tensors(store: Store, path: str, entry: FileEntry | None = None) -> dic
     tensors = {key: torch.empty(held.shape, dtype=held.dtype) for key, held in file.held.items()}
     file.fill({key: [tensor] for key, tensor in tensors.items()})
     return tensors
-
-
-def _span(held: Held, targets: Sequence[Tensor]) -> Span:
-    spread = [one for one in targets if is_spread(one)]
-    if not spread:
-        return Span(held.size_bytes, targets)
-    cuts = [Cut(box.offsets, view_of(one, box)) for one in spread for box in boxes_of(one)]
-    whole = [one for one in targets if not is_spread(one)]
-    return Span(held.size_bytes, whole, cuts, held.dtype, held.shape)
 
 
 def _header_of(source: Source) -> bytes:

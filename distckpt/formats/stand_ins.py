@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -31,6 +31,28 @@ def _prototype(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 def is_stand_in(value: Any) -> bool:
     """Whether that is a tensor that is still to be read."""
     return isinstance(value, Tensor) and value.is_meta
+
+
+def replaced(value: Any, take: Callable[[Tensor], Tensor]) -> Any:
+    """``value``, a tree as in a snapshot, with what ``take`` gives for each stand-in in its place."""
+    if type(value) in _LEAVES:
+        return value
+    if isinstance(value, Tensor):
+        return take(value) if value.is_meta else value
+    if type(value) is dict:
+        if _LEAVES.issuperset(map(type, value)):
+            return {key: replaced(one, take) for key, one in value.items()}
+        return {replaced(key, take): replaced(one, take) for key, one in value.items()}
+    if isinstance(value, dict):
+        same = copy.copy(value)  # with its attributes: that of a module has one for versions
+        same.clear()
+        same.update({replaced(key, take): replaced(one, take) for key, one in value.items()})
+        return same
+    if type(value) in (list, tuple, set, frozenset):
+        return type(value)(replaced(one, take) for one in value)
+    if type(value) is deque:
+        return deque((replaced(one, take) for one in value), value.maxlen)
+    return value
 
 
 class NewMemory:
@@ -68,24 +90,7 @@ class NewMemory:
 
     def replaced(self, value: Any) -> Any:
         """``value``, a tree as in a snapshot, with tensors in the place of stand-ins."""
-        if type(value) in _LEAVES:
-            return value
-        if isinstance(value, Tensor):
-            return self.take(value) if value.is_meta else value
-        if type(value) is dict:
-            if _LEAVES.issuperset(map(type, value)):
-                return {key: self.replaced(one) for key, one in value.items()}
-            return {self.replaced(key): self.replaced(one) for key, one in value.items()}
-        if isinstance(value, dict):
-            same = copy.copy(value)  # with its attributes: that of a module has one for versions
-            same.clear()
-            same.update({self.replaced(key): self.replaced(one) for key, one in value.items()})
-            return same
-        if type(value) in (list, tuple, set, frozenset):
-            return type(value)(map(self.replaced, value))
-        if type(value) is deque:
-            return deque(map(self.replaced, value), value.maxlen)
-        return value
+        return replaced(value, self.take)
 
 
 class Whole:

@@ -99,13 +99,6 @@ def test_live_tensors_are_filled_from_an_opened_file(tmp_path):
     assert torch.equal(live, STATE["big"])
 
 
-def test_what_an_opened_file_holds_is_read_and_checked_already(tmp_path):
-    manifest = commit(tmp_path)
-    opened = FORMAT.open(LocalStore(tmp_path), "epoch_3.pth", manifest, 0, None)
-    (tmp_path / "epoch_3.pth").unlink()
-    assert torch.equal(opened.snapshot.shared["big"], STATE["big"])
-
-
 def test_a_published_copy_reaches_the_file_without_a_copy_of_its_tensors():
     class Sink:
         addresses: list[int] = []
