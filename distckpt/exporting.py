@@ -105,7 +105,7 @@ def export(
     """``target`` is what others read, made from a checkpoint, of which every byte that was read was checked. It appears
     whole and durable, or not at all.
 
-    It needs a few MiB of memory beside what a ``.pth`` has, which is read whole; neither a model nor a process group.
+    It needs a few MiB of memory, and neither a model nor a process group.
     Values are exact to the last bit, but for ``dtype``.
 
     Args:

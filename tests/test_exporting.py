@@ -21,13 +21,21 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from every_dtype import of_every_dtype
+from flows import write_now
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import distckpt
+from distckpt.attempt import Attempt, Holder
+from distckpt.catalog import Catalog
 from distckpt.exporting import export
+from distckpt.formats import Snapshot
+from distckpt.formats.pth import Pth
 from distckpt.formats.streaming import PIECE_BYTES
+from distckpt.manifest import Manifest
+from distckpt.progress import Progress
+from distckpt.stores.local import LocalStore
 
 FORMATS = ("full", "sharded")
 
@@ -679,20 +687,33 @@ TENSORS, TENSOR_BYTES = 20, 20_000_000
 MOST_BYTES = 3 * TENSOR_BYTES  # three blocks of 8 MiB that are read ahead, a piece, and that once more where it is cast
 
 
+def commit_pth(root: Path, state: dict[str, Any]) -> None:
+    """A run with one checkpoint as the hook writes it."""
+    root.mkdir()
+    store = LocalStore(root)
+    catalog = Catalog(store, Attempt.start(store, Holder("host", 1, "now")))
+    draft = catalog.begin(Progress(3, 1), "epoch_1.pth")
+    (file,) = write_now(Pth(), Snapshot(shared=state), store, draft.path).files
+    catalog.commit(draft, Manifest(Progress(3, 1), "pth", 1, ("interval",), "", "", 0, 0, files=(file,)))
+
+
 @pytest.fixture(scope="module")
 def large_run(request, tmp_path_factory) -> Iterator[Path]:
     """A run with 400 MB of weights, and beside it one with few."""
     folder = tmp_path_factory.mktemp(request.param)
     large = {f"layers.{nth}": torch.full((5000, 1000), float(nth)) for nth in range(TENSORS)}
-    save(folder / "large", request.param, model=Holder(large))
-    save(folder / "small", request.param, model=Holder({"layers.0": torch.ones(3)}))
+    for name, weights in (("large", large), ("small", {"layers.0": torch.ones(3)})):
+        if request.param == "pth":
+            commit_pth(folder / name, {"state_dict": weights})
+        else:
+            save(folder / name, request.param, model=Holder(weights))
     yield folder
     shutil.rmtree(folder)
 
 
 @pytest.mark.parametrize(
     "large_run, to, dtype",
-    [("full", "safetensors", ""), ("full", "pth", ""), ("full", "dcp", ""), ("sharded", "hf", "bfloat16")],
+    [("full", "safetensors", ""), ("full", "pth", ""), ("full", "dcp", ""), ("sharded", "hf", "bfloat16"), ("pth", "hf", "")],
     indirect=["large_run"],
 )
 def test_the_memory_that_it_takes_does_not_grow_with_the_tensors(large_run, tmp_path, to, dtype):

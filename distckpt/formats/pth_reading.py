@@ -166,7 +166,7 @@ class PthFile:
             source.expect([(0, source.size_bytes)], by_all=True)
             try:
                 source.read_into(head)
-                if (source.size_bytes, head) != (self._size_bytes, self._head):
+                if source.size_bytes != self._size_bytes or bytes(head) != self._head:
                     raise DamagedCheckpoint(f"{self._place} changed while it was read")
                 digest.update(head)
                 yield source, digest
