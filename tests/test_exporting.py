@@ -27,7 +27,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import distckpt
-from distckpt.attempt import Attempt, Holder
+from distckpt import attempt
 from distckpt.catalog import Catalog
 from distckpt.exporting import export
 from distckpt.formats import Snapshot
@@ -691,7 +691,7 @@ def commit_pth(root: Path, state: dict[str, Any]) -> None:
     """A run with one checkpoint as the hook writes it."""
     root.mkdir()
     store = LocalStore(root)
-    catalog = Catalog(store, Attempt.start(store, Holder("host", 1, "now")))
+    catalog = Catalog(store, attempt.Attempt.start(store, attempt.Holder("host", 1, "now")))
     draft = catalog.begin(Progress(3, 1), "epoch_1.pth")
     (file,) = write_now(Pth(), Snapshot(shared=state), store, draft.path).files
     catalog.commit(draft, Manifest(Progress(3, 1), "pth", 1, ("interval",), "", "", 0, 0, files=(file,)))
@@ -713,7 +713,11 @@ def large_run(request, tmp_path_factory) -> Iterator[Path]:
 
 @pytest.mark.parametrize(
     "large_run, to, dtype",
-    [("full", "safetensors", ""), ("full", "pth", ""), ("full", "dcp", ""), ("sharded", "hf", "bfloat16"), ("pth", "hf", "")],
+    [
+        *(("full", to, "") for to in ("safetensors", "pth", "dcp")),
+        ("sharded", "hf", "bfloat16"),
+        ("pth", "hf", ""),
+    ],
     indirect=["large_run"],
 )
 def test_the_memory_that_it_takes_does_not_grow_with_the_tensors(large_run, tmp_path, to, dtype):
