@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from distckpt import Checkpointer, SaveFailed
+from distckpt import Checkpointer, SaveFailed, layout
 from distckpt.catalog import scan
 from distckpt.stores.local import LocalStore
 
@@ -180,3 +180,30 @@ def test_a_save_that_does_not_fit_fails_and_has_cost_only_what_was_deleted(small
         assert set(numbers_of(file_of(ckpt))) == {3.0}
         save(ckpt, part, 28)  # as much as is there, but for the one that is kept
     assert resumed(out_dir) == 5
+
+
+def save_in_turns(rank: int, root: str, steps: int) -> list[int]:
+    """Which file this rank wrote at each step."""
+    part = torch.nn.Linear(4096, 3000, bias=False)  # 49 MB, of which each rank writes half
+    seen = []
+    words = {"max_keep_ckpts": 1, "recycle": True, "save_last": False, "timeout": SOON, "format": "sharded"}
+    with Checkpointer(root, {"part": part}, **words) as ckpt:
+        for _ in range(steps):
+            with torch.no_grad():
+                part.weight.fill_(float(len(seen)))
+            ckpt.step()
+            ckpt.save("interval", wait=True)
+            torch.distributed.barrier()  # what was the last one is deleted
+            seen.append((Path(root) / ckpt.latest.name / layout.shard_file(rank)).stat().st_ino)
+            torch.distributed.barrier()
+    return seen
+
+
+@pytest.mark.timeout(120)
+def test_each_rank_writes_over_what_it_wrote_before(run_ranks, out_dir):
+    for seen in run_ranks(2, save_in_turns, str(out_dir), 5):
+        assert seen[0::2] == [seen[0]] * 3 and seen[1::2] == [seen[1]] * 2
+    part = torch.nn.Linear(4096, 3000, bias=False)
+    with Checkpointer(out_dir, {"part": part}) as ckpt:
+        assert ckpt.resume() == 5
+    assert torch.equal(part.weight, torch.full_like(part.weight, 4.0))

@@ -48,7 +48,7 @@ class LocalStore:
         self.url = str(root)
         self._direct = Direct(self.url)
         self._recycles = recycles
-        self._spares = Spares(self.root)
+        self._spares = Spares(self.root, takes=recycles)
         self._locks: dict[str, int] = {}
         self._has_warned = False
         self.neighbours = 1

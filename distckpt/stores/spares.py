@@ -40,10 +40,12 @@ class Spares:
 
     Args:
         root: where they lie meanwhile, on the file system of that folder, under names that nobody else reads.
+        takes: whether those are used, too, that another process kept: one rank deletes what all of them wrote.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, takes: bool = False) -> None:
         self._root = root
+        self._takes = takes
         self._kept: dict[str, Path] = {}
 
     def __contains__(self, name: str) -> bool:
@@ -70,7 +72,7 @@ class Spares:
         Args:
             fd: the file at ``place``, which is new and empty. Closed if it is not returned.
         """
-        spare = self._kept.pop(place.name, None)
+        spare = self._kept.pop(place.name, None) or self._of_another(place.name)
         if spare is None:
             return fd
         try:
@@ -97,6 +99,12 @@ class Spares:
         for name in list(self._kept):
             if (spare := self._kept.pop(name, None)) is not None:
                 spare.unlink(missing_ok=True)
+
+    def _of_another(self, name: str) -> Path | None:
+        if not self._takes or not is_local(self._root):
+            return None
+        start = f"{layout.SPARE_PREFIX}{name}-"
+        return next((place for place in self._root.iterdir() if place.name.startswith(start)), None)
 
     def _take_out(self, place: Path) -> None:
         spare = self._root / f"{layout.SPARE_PREFIX}{place.name}-{secrets.token_hex(4)}"
