@@ -39,7 +39,7 @@ from torch.distributed.tensor import DTensor
 
 import distckpt
 
-OURS, RAW = "distckpt", "raw"
+OURS, RECYCLED, RAW = "distckpt", "distckpt_recycled", "raw"
 CUTS = ("fsdp", "ddp")
 
 
@@ -47,7 +47,7 @@ class Contender(Protocol):
     """Saves and restores the state of one rank, together with the others."""
 
     def clear(self) -> None:
-        """What it saved before is gone, untimed. Distckpt deletes it by itself, within the time that is measured."""
+        """What it saved before is gone, untimed."""
 
     def save(self, step: int) -> None:
         """On return training may go on."""
@@ -60,18 +60,26 @@ class Contender(Protocol):
 
 
 class Ours:
-    def __init__(self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """With ``recycle`` it deletes what it saved before by itself, in the time that is measured, and writes over it."""
+
+    def __init__(self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, recycle: bool) -> None:
+        self._folder = folder
+        self._recycle = recycle
         self._checkpointer = distckpt.Checkpointer(
             folder,
             {"model": model, "optimizer": optimizer},
             format="sharded",
             snapshot="eager",
             save_last=False,
-            max_keep_ckpts=1,
+            max_keep_ckpts=1 if recycle else -1,
+            recycle=recycle,
         )
 
     def clear(self) -> None:
-        pass
+        dist.barrier()
+        for record in self._folder.glob("*.committed") if dist.get_rank() == 0 and not self._recycle else ():
+            record.unlink()
+            shutil.rmtree(record.with_suffix(""))
 
     def save(self, step: int) -> None:
         self._checkpointer.step()
@@ -139,7 +147,8 @@ class Raw:
 def contenders(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, part: int) -> dict[str, Contender]:
     made: dict[str, Callable[[Path], Contender]] = {
         RAW: lambda place: Raw(place, part),
-        OURS: lambda place: Ours(place, model, optimizer),
+        OURS: lambda place: Ours(place, model, optimizer, recycle=False),
+        RECYCLED: lambda place: Ours(place, model, optimizer, recycle=True),
         **{f"dcp_{n}_threads": lambda place, n=n: Dcp(place, model, optimizer, n) for n in (1, 2, 4)},
     }
     for name in made:

@@ -17,7 +17,7 @@ def test_all_save_and_restore_with_another_number_of_ranks_and_are_told(tmp_path
     done = run_benchmark("sharded.py", *words)
     assert done.returncode == 0, done.stderr
     samples = json.loads(told.read_text())["samples"]
-    names = {"raw", "distckpt", "dcp_1_threads", "dcp_2_threads", "dcp_4_threads"}
+    names = {"raw", "distckpt", "distckpt_recycled", "dcp_1_threads", "dcp_2_threads", "dcp_4_threads"}
     for key in ("durable", "restored"):
         counted = [one for one in samples if key in one and not one["is_first"]]
         assert {one["name"] for one in counted} == names and all(one[key] > 0 for one in counted)
