@@ -131,7 +131,7 @@ class Requests:
             named = self._boundary + 1
             self._named.append((request, named, None))
         try:
-            agreed = max(self._ranks.exchange(f"choice of a step for {request.what!r}", named))
+            agreed = self._ranks.exchange(f"choice of a step for {request.what!r}", named, max)
         except RankFailure as failure:
             with self._changed:
                 self._named.pop()  # what was agreed before still is

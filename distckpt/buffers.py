@@ -58,7 +58,7 @@ def sync_buffers(modules: Iterable[nn.Module], mode: Mode, *, ranks: Ranks, time
             _copy_from_leader(list(copied.values()), timeout)
     except RuntimeError as error:
         # Who is missing only the control store can tell: a process group's error names addresses.
-        ranks.exchange(f"{_DURING} (roll call)", None)
+        ranks.exchange(f"{_DURING} (roll call)", None, len)
         raise RankFailure(_DURING, {ranks.rank: str(error)}) from error
 
 

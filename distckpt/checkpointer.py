@@ -24,7 +24,7 @@ from distckpt.judging import Judge
 from distckpt.keeping import LabelledKeeping
 from distckpt.manifest import Record
 from distckpt.progress import Progress
-from distckpt.ranks import from_leader, together
+from distckpt.ranks import from_leader, to_leader
 from distckpt.ranks.process_group import detect
 from distckpt.resuming import best_of, name_of, resume, start_from
 from distckpt.run import Run
@@ -171,7 +171,7 @@ class Checkpointer:
         keeping = LabelledKeeping(kept, self._judge)
         self._stager = Stager(snapshot, arena_bytes=arena_bytes, modules=self._parts.modules.values())
         self._capturing = Capturing(self._parts, chosen, self._stager, ranks)
-        together(ranks, "memory for snapshots", lambda: self._capturing.reserve(size))
+        to_leader(ranks, "memory for snapshots", lambda: self._capturing.reserve(size))
         from_leader(ranks, "creation of the directory", store.make_root)
         self._run = Run(
             store,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import cast
 
 from torch.distributed.checkpoint.planner import SavePlanner
@@ -38,13 +39,18 @@ def choose_format(
     sharded = Sharded(writers_per_node=writers_per_node)
     if word != "auto":
         return Full() if word == "full" else sharded
-    told = together(ranks, "choice of a format", lambda: [size.spread_bytes, size.whole_bytes])
-    if any(spread for spread, _ in told):
+    sizes = [size.spread_bytes, size.whole_bytes]
+    spread_bytes, whole_bytes = together(ranks, "choice of a format", lambda: sizes, _most_of_each)
+    if spread_bytes:
         why = "tensors are spread over ranks"
-    elif ranks.world_size > 1 and max(whole for _, whole in told) > _LARGE_BYTES:
-        why = f"the state has {max(whole for _, whole in told) / 1e9:.1f} GB, which the ranks share among them"
+    elif ranks.world_size > 1 and whole_bytes > _LARGE_BYTES:
+        why = f"the state has {whole_bytes / 1e9:.1f} GB, which the ranks share among them"
     else:
         return Full()
     if is_leader(ranks):
         _log.info("checkpoints are sharded: %s", why)
     return sharded
+
+
+def _most_of_each(told: Sequence[Sequence[int]]) -> list[int]:
+    return [max(of) for of in zip(*told, strict=True)]

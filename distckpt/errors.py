@@ -20,6 +20,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+# A message is for people to read, and thousands of ranks may fail.
+_MOST_TOLD = 20
+
 
 class DistckptError(Exception):
     """Everything that distckpt raises by itself."""
@@ -36,12 +39,18 @@ class RankFailure(DistckptError):
     def __init__(self, during: str, failures: Mapping[int, str]) -> None:
         self.during = during
         self.failures = dict(failures)
-        told = "; ".join(f"rank {rank}: {what}" for rank, what in sorted(self.failures.items()))
-        super().__init__(f"{during} failed: {told}")
+        super().__init__(f"{during} failed: {by_rank(self.failures)}")
 
     def __reduce__(self) -> tuple[type[RankFailure], tuple[str, dict[int, str]]]:
         # Errors cross processes as pickles, which know how to make one of its message only.
         return type(self), (self.during, self.failures)
+
+
+def by_rank(words: Mapping[int, str]) -> str:
+    """What there is to say of some ranks, in one line."""
+    told = [f"rank {rank}: {what}" for rank, what in sorted(words.items())]
+    more = len(told) - _MOST_TOLD
+    return "; ".join([*told[:_MOST_TOLD], *([f"and {more} more ranks"] if more > 0 else [])])
 
 
 class SaveFailed(RankFailure):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from distckpt.formats import Planner, Snapshot
-from distckpt.ranks import Ranks, from_leader, to_leader, together
+from distckpt.ranks import Ranks, first_of_each, from_leader, is_among, to_leader, together
 
 _DURING = "plan of a save"
 
@@ -20,6 +20,6 @@ def plan(ranks: Ranks, planner: Planner, capture: Callable[[], Snapshot]) -> Non
         RankFailure: on all ranks, where the state of one cannot be stored, or where they do not hold it whole and
             alike.
     """
-    digests = together(ranks, f"{_DURING} (look)", lambda: planner.look(capture(), ranks.rank))
-    told = to_leader(ranks, f"{_DURING} (tell)", lambda: planner.tell(ranks.rank, digests))
+    firsts = together(ranks, f"{_DURING} (look)", lambda: planner.look(capture(), ranks.rank), first_of_each)
+    told = to_leader(ranks, f"{_DURING} (tell)", lambda: planner.tell(is_first=is_among(ranks.rank, firsts)))
     planner.take(ranks.rank, from_leader(ranks, _DURING, lambda: planner.plan(told)))

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from distckpt import layout
 from distckpt.catalog import is_passing, read_manifest, refuse_newer, scan
-from distckpt.errors import DamagedCheckpoint, NewerVersion, NoCheckpoint, StateMismatch
+from distckpt.errors import DamagedCheckpoint, NewerVersion, NoCheckpoint, StateMismatch, by_rank
 from distckpt.formats import Format, Opened, Snapshot
 from distckpt.manifest import Record, digest
-from distckpt.ranks import Json, Ranks, from_leader, is_leader, together
+from distckpt.ranks import Json, Ranks, first_of_each, from_leader, is_among, to_leader, together
 from distckpt.stores import Store
 
 if TYPE_CHECKING:
@@ -115,18 +115,16 @@ def _restore_newest(
     mixed = ""
     for text in from_leader(ranks, "choice of a checkpoint", lambda: _candidates(store, name)):
         one = _Candidate(Record.from_json(text.encode(), "record"), store, get_format, ranks.rank, parts, fit)
-        faults = _faults(ranks, f"look into {one.name}", one.open)
-        if not faults:
+        is_sound = _is_sound(ranks, one.name, f"look into {one.name}", one.open)
+        if is_sound:
             _match(ranks, one, mixed)
-            faults = _faults(ranks, f"read of {one.name}, of which the state holds a part now,", one.fill)
+            during = f"read of {one.name}, of which the state holds a part now,"
+            is_sound = _is_sound(ranks, one.name, during, one.fill)
             mixed = _MIXED.format(one.name)
-        if not faults:
-            together(ranks, f"load of {one.name}", one.apply)
+        if is_sound:
+            to_leader(ranks, f"load of {one.name}", one.apply)
             return Restored(one.record, one.fitted, tuple(skipped))
         skipped.append(one.name)
-        if is_leader(ranks):
-            told = "; ".join(f"rank {rank}: {fault}" for rank, fault in faults.items())
-            _log.warning("%s is damaged and passed over; it is left for inspection. %s", one.name, told)
     if skipped:
         raise NoCheckpoint(
             f"{store.url}: none of the committed checkpoints can be read ({', '.join(skipped)}). They are left as "
@@ -191,20 +189,37 @@ def fit_together(ranks: Ranks, during: str, fit: Callable[[], F]) -> F:
         found.append(fit())
         return [found[0].is_fit, digest("\n".join(found[0].unplaced).encode()) if found[0].unplaced else ""]
 
-    told = together(ranks, during, look)
+    tellers = together(ranks, during, look, _tellers)
     (fitted,) = found
-    digests = [of for _, of in told]
-    if any(digests) or not all(is_fit for is_fit, _ in told):
-        # Of those that tell the same, one says what it is: ranks of one stage are many.
-        is_mine = all(digests) and digests.index(digests[ranks.rank]) == ranks.rank
-        names = [one for one in together(ranks, during, lambda: [*fitted.unplaced] if is_mine else None) if one]
-        nowhere = set(names[0]).intersection(*names[1:]) if names else set()
-        together(ranks, during, lambda: fitted.judge(nowhere))
+    if tellers is not None:
+        tells = is_among(ranks.rank, tellers)
+        nowhere = set(together(ranks, during, lambda: [*fitted.unplaced] if tells else None, _in_all))
+        to_leader(ranks, during, lambda: fitted.judge(nowhere))
     return fitted
 
 
-def _faults(ranks: Ranks, during: str, work: Callable[[], None]) -> dict[int, str]:
-    """What is damaged for each rank: a result, told to all, and no exception."""
+def _tellers(told: list[Json]) -> Json:
+    """Who says what has no place there: of those that would say the same, one, as ranks of one stage are many; nobody,
+    where all has a place on some rank. ``None`` where all ranks fit."""
+    digests = [of for _, of in told]
+    if not any(digests) and all(is_fit for is_fit, _ in told):
+        return None
+    return first_of_each(digests) if all(digests) else []
+
+
+def _in_all(told: list[Json]) -> list[str]:
+    """The names that all said who said any."""
+    names = [one for one in told if one]
+    return sorted(set(names[0]).intersection(*names[1:])) if names else []
+
+
+def _is_sound(ranks: Ranks, name: str, during: str, work: Callable[[], None]) -> bool:
+    """Whether no rank finds the checkpoint damaged. That is a result, and no exception; the leader says what it is."""
+    faults: list[str] = []
+
+    def has_none(told: list[Json]) -> bool:
+        faults.extend(told)
+        return not any(told)
 
     def fault() -> str:
         try:
@@ -217,7 +232,11 @@ def _faults(ranks: Ranks, during: str, work: Callable[[], None]) -> dict[int, st
             return f"{type(error).__name__}: {error}"
         return ""
 
-    return {rank: told for rank, told in enumerate(together(ranks, during, fault)) if told}
+    is_sound = bool(together(ranks, during, fault, has_none))
+    if any(faults):
+        told = by_rank({rank: fault for rank, fault in enumerate(faults) if fault})
+        _log.warning("%s is damaged and passed over; it is left for inspection. %s", name, told)
+    return is_sound
 
 
 class _Candidate(Generic[F]):

@@ -14,7 +14,7 @@ from distckpt.formats.known import get_format
 from distckpt.initialising import Source, committed, open_modules
 from distckpt.manifest import Record
 from distckpt.matching import Matched, match
-from distckpt.ranks import Ranks, from_leader, is_leader, together
+from distckpt.ranks import Ranks, from_leader, is_leader, to_leader
 from distckpt.restoring import fit_together, restore_newest
 from distckpt.run import Run
 from distckpt.selection import Selection
@@ -89,7 +89,7 @@ def _read_in(
 ) -> Matched:
     """What is no checkpoint in a run of ours is in the modules. Collective."""
     found: list[Source] = []
-    together(
+    to_leader(
         ranks, f"look into {source}", lambda: found.append(open_modules(source, parts.modules, selection, get_format))
     )
     (one,) = found
@@ -103,8 +103,8 @@ def _read_in(
                 f"{error}. The state is not what it was: something of {source} was read into it before"
             ) from error
 
-    together(ranks, f"read of {source}, of which the state holds a part now,", read)
-    together(ranks, f"load of {source}", fitted.apply)
+    to_leader(ranks, f"read of {source}, of which the state holds a part now,", read)
+    to_leader(ranks, f"load of {source}", fitted.apply)
     if is_leader(ranks):
         if one.left:
             counts = Counter(name.partition(".")[0] for name in one.left)

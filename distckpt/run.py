@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import platform
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
@@ -12,7 +13,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Protocol
 
-from distckpt import layout
+from distckpt import layout, progressions
 from distckpt.agreeing import Request, Requests
 from distckpt.attempt import Attempt, Holder
 from distckpt.catalog import Catalog
@@ -21,7 +22,7 @@ from distckpt.formats import Format, Snapshot, Staged
 from distckpt.manifest import Record
 from distckpt.planning import plan
 from distckpt.progress import Progress
-from distckpt.ranks import Ranks, from_leader, is_leader, together
+from distckpt.ranks import Json, Ranks, from_leader, is_among, is_leader, together
 from distckpt.restoring import F, Restored, restore_newest
 from distckpt.saving import Job, save
 from distckpt.stores import Store
@@ -311,8 +312,9 @@ class Run:
 
         # Not named here: ranks that were given different ones would not understand one another.
         _, number = from_leader(self.ranks, "claim of the directory", start)
-        machines = together(self.ranks, "look into the directory", lambda: self._see(layout.attempt_file(number)))
-        self.store.neighbours = machines.count(machines[self.ranks.rank])
+        during = "look into the directory"
+        counts = together(self.ranks, during, lambda: self._see(layout.attempt_file(number)), _on_one_machine)
+        self.store.neighbours = next(count for count, ranks in counts if is_among(self.ranks.rank, ranks))
         return Catalog(self.store, claimed[0]) if claimed else None
 
     def _see(self, name: str) -> str:
@@ -364,6 +366,13 @@ class Run:
                 self._teller.guard("report", lambda: self._teller.tell("failed", step=job.progress.step, why=why))
                 self.requests.ask(Request(_FAILURE, str(number)))
             raise
+
+
+def _on_one_machine(machines: list[Json]) -> Json:
+    """With how many ranks they share a machine, and which ranks they are: as a rule it is the same for all."""
+    of = Counter(machines)
+    ranks = {count: [rank for rank, one in enumerate(machines) if of[one] == count] for count in set(of.values())}
+    return [[count, progressions.told(found)] for count, found in ranks.items()]
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ def save(
         # Where this save fails, which it does on all ranks, they agree anew before the next.
         was_due, planner.is_due = planner.is_due, True
     try:
-        together(ranks, f"{what} (snapshot)", lambda: bool(job.snapshot()))
+        together(ranks, f"{what} (snapshot)", lambda: bool(job.snapshot()), all)
         draft = _to_draft(from_leader(ranks, f"{what} (begin)", lambda: _begin(catalog, job)))
         clock.lap("agree")
         told = to_leader(ranks, f"{what} (write)", lambda: _write(job, store, draft))

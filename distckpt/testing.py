@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
 from distckpt.ranks import Ranks, Solo
-from distckpt.ranks.board import Board, BoardRanks
+from distckpt.ranks.board import BoardRanks
 from distckpt.stores import Store
 
 T = TypeVar("T")
@@ -23,14 +23,12 @@ class MemoryBoard:
     def post(self, key: str, value: str) -> None:
         self._posts[key] = value
 
-    def look(self, key: str) -> str | None:
-        return self._posts.get(key)
+    def look(self, keys: Sequence[str]) -> Sequence[str] | None:
+        found = [self._posts.get(key) for key in keys]
+        return None if None in found else [one for one in found if one is not None]
 
     def remove(self, key: str) -> None:
         self._posts.pop(key, None)
-
-    def clone(self) -> Board:
-        return self
 
 
 def thread_ranks(world_size: int, *, timeout: timedelta = timedelta(seconds=5)) -> list[Ranks]:

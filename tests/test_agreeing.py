@@ -13,7 +13,7 @@ import pytest
 
 from distckpt.agreeing import Request, Requests, Stopwatch
 from distckpt.errors import RankFailure
-from distckpt.ranks import Ranks, Solo
+from distckpt.ranks import Ranks, Solo, Summary
 from distckpt.testing import on_threads, thread_ranks
 
 SOON = timedelta(seconds=10)
@@ -86,11 +86,11 @@ class Halting:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._ranks, name)
 
-    def exchange(self, during: str, value: Any) -> list[Any]:
+    def exchange(self, during: str, value: Any, summary: Summary) -> Any:
         self.is_asked.release()
         assert self.may_go_on.wait(20)
         try:
-            return self._ranks.exchange(during, value)
+            return self._ranks.exchange(during, value, summary)
         finally:
             self.has_answered.release()
 

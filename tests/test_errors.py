@@ -22,6 +22,12 @@ def test_a_failure_tells_each_rank_in_order(kind):
     assert failure.during == "save of step 3" and failure.failures == {2: "disk full", 10: "hangs"}
 
 
+def test_a_failure_of_thousands_names_some_and_knows_all():
+    failure = RankFailure("save", {rank: "disk full" for rank in range(3000)})
+    assert str(failure).endswith("rank 18: disk full; rank 19: disk full; and 2980 more ranks")
+    assert len(failure.failures) == 3000
+
+
 @pytest.mark.parametrize("kind", [RankFailure, SaveFailed, errors.DirectoryInUse, errors.StateMismatch])
 def test_an_error_crosses_to_another_process_whole(kind):
     error = kind("save", {1: "disk full"}) if issubclass(kind, RankFailure) else kind("words")

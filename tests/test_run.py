@@ -114,6 +114,13 @@ def on_ranks(count: int, work: Callable[..., object]) -> list[object]:
     return results
 
 
+def test_a_store_knows_how_many_ranks_of_the_machine_use_it(tmp_path, monkeypatch):
+    machines = iter(["one", "other", "one", "one", "other"])
+    monkeypatch.setattr("distckpt.run.platform.node", lambda: next(machines))
+    counts = on_ranks(5, lambda ranks: open_run(ranks, tmp_path).store.neighbours)
+    assert sorted(counts) == [2, 2, 3, 3, 3]
+
+
 def names(root) -> list[str]:
     return [record.name for record in scan(LocalStore(root)).records]
 

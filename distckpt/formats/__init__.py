@@ -186,12 +186,8 @@ class Planner(Protocol):
         """What this rank knows of the job's state, as a digest."""
         ...
 
-    def tell(self, rank: int, digests: Sequence[str]) -> Any:
-        """What this rank holds of it, as JSON. Of those that know the same, one tells what that is.
-
-        Args:
-            digests: of all ranks.
-        """
+    def tell(self, *, is_first: bool) -> Any:
+        """What this rank holds of it, as JSON. Of those that know the same, the first one tells what that is."""
         ...
 
     def plan(self, told: Sequence[Any]) -> Any:

@@ -75,10 +75,10 @@ class _Planner:
         self._layouts.look(self._seen)
         return self._layouts.outline
 
-    def tell(self, rank: int, digests: Sequence[str]) -> Any:
+    def tell(self, *, is_first: bool) -> Any:
         assert self._seen is not None, "it looked before"
-        self._layouts.is_first = digests.index(self._layouts.outline) == rank
-        told = self._layouts.holding.tell(is_schema_told=self._layouts.is_first)
+        self._layouts.is_first = is_first
+        told = self._layouts.holding.tell(is_schema_told=is_first)
         return {**told, "is_growing": self._seen.is_growing, "machine": platform.node()}
 
     def plan(self, told: Sequence[Any]) -> Any:

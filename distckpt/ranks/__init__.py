@@ -8,18 +8,27 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
-from distckpt import errors
+from distckpt import errors, progressions
 from distckpt.errors import DistckptError, RankFailure
 
 # What JSON holds; a recursive alias would say so, but nothing here looks inside.
 Json = Any
 
+# What the leader makes of everybody's words, for all to know.
+Summary = Callable[[list[Json]], Json]
+
 _log = logging.getLogger("distckpt")
 
 LEADER = 0
+
+# Each of thousands of ranks is told what went wrong on any of them: so many different words, and which others failed.
+_MOST_WORDS = 100
+_MORE_WORDS = "failed as well, with words of its own"
+_MOST_RANKS = 1 << 30
 
 # Errors that say by their type what to do; ranks that failed so, and only so, all raise that type.
 _TYPED = (
@@ -42,13 +51,9 @@ class Ranks(Protocol):
     rank: int
     world_size: int
 
-    def exchange(self, during: str, value: Json) -> list[Json]:
-        """Everybody's ``value``, in the order of ranks. Collective."""
-        ...
-
-    def gather(self, during: str, value: Json) -> list[Json] | None:
-        """Everybody's ``value``, in the order of ranks, on the leader; ``None`` on the others, once it has them.
-        Collective."""
+    def exchange(self, during: str, value: Json, summary: Summary = list) -> Json:
+        """What ``summary`` makes of everybody's ``value``, in the order of ranks: it is called on the leader, and told
+        to all. By default that is all of it, which is for few ranks: each of N is told N values. Collective."""
         ...
 
     def broadcast(self, during: str, value: Json) -> Json:
@@ -84,11 +89,8 @@ class Solo:
     rank = 0
     world_size = 1
 
-    def exchange(self, during: str, value: Json) -> list[Json]:
-        return [value]
-
-    def gather(self, during: str, value: Json) -> list[Json] | None:
-        return [value]
+    def exchange(self, during: str, value: Json, summary: Summary = list) -> Json:
+        return summary([value])
 
     def broadcast(self, during: str, value: Json) -> Json:
         return value
@@ -120,8 +122,9 @@ def ends_program(error: BaseException) -> bool:
     return not isinstance(error, Exception) and threading.current_thread() is threading.main_thread()
 
 
-def together(ranks: Ranks, during: str, work: Callable[[], Json]) -> list[Json]:
-    """Everybody's result of ``work``, in the order of ranks; or the same error on all. Collective.
+def together(ranks: Ranks, during: str, work: Callable[[], Json], summary: Summary = list) -> Json:
+    """Everybody's result of ``work``, in the order of ranks, or what ``summary`` makes of that, as in
+    `Ranks.exchange`; or the same error on all. Collective.
 
     ``work`` runs alone: it is given no ranks to wait for, so a bad disk on one rank strands nobody.
 
@@ -132,9 +135,28 @@ def together(ranks: Ranks, during: str, work: Callable[[], Json]) -> list[Json]:
         What `ends_program` is raised as it is, at once and on this rank alone.
     """
     result, error = _attempt(work)
-    told = ranks.exchange(during, _failed(error) if error else {"result": result})
-    _raise_failures(ranks, during, told, error)
-    return [one["result"] for one in told]
+    told = ranks.exchange(during, _failed(error) if error else {"result": result}, partial(_sum_up, summary))
+    if "failures" in told:
+        ranks.part(during)
+        raise _failure(ranks, during, read_failures(told["failures"]), told["type"]) from error
+    return told["result"]
+
+
+def first_of_each(told: Sequence[Hashable]) -> Json:
+    """The first rank of all that said the same, for each thing that was said: `is_among` knows whether a rank is one.
+
+    Args:
+        told: what each rank said, in the order of ranks.
+    """
+    firsts: dict[Hashable, int] = {}
+    for rank, said in enumerate(told):
+        firsts.setdefault(said, rank)
+    return progressions.told([*firsts.values()])
+
+
+def is_among(rank: int, told: Json) -> bool:
+    """Whether it is one of those that were told, as `progressions.told` does, in few words."""
+    return rank in progressions.read(told, _MOST_RANKS, "some ranks")
 
 
 def to_leader(ranks: Ranks, during: str, work: Callable[[], Json]) -> list[Json]:
@@ -143,12 +165,9 @@ def to_leader(ranks: Ranks, during: str, work: Callable[[], Json]) -> list[Json]
     Raises:
         RankFailure: as in `together`.
     """
-    result, error = _attempt(work)
-    told = ranks.gather(during, _failed(error) if error else {"result": result})
-    failed = {} if told is None else {str(rank): one for rank, one in enumerate(told) if "failed" in one}
-    failures = ranks.broadcast(during, failed)
-    _raise_failures(ranks, during, [failures.get(str(rank), {}) for rank in range(ranks.world_size)], error)
-    return [] if told is None else [one["result"] for one in told]
+    results: list[Json] = []
+    together(ranks, during, work, results.extend)
+    return results
 
 
 def from_leader(ranks: Ranks, during: str, work: Callable[[], Json]) -> Json:
@@ -165,15 +184,37 @@ def from_leader(ranks: Ranks, during: str, work: Callable[[], Json]) -> Json:
     told = ranks.broadcast(during, told)
     if "failed" in told:
         ranks.part(during)
-        raise _failure(ranks, during, {LEADER: told}) from error
+        raise _failure(ranks, during, {LEADER: told["failed"]}, told["type"]) from error
     return told["result"]
 
 
-def _raise_failures(ranks: Ranks, during: str, told: list[Json], error: BaseException | None) -> None:
-    failures = {rank: one for rank, one in enumerate(told) if "failed" in one}
-    if failures:
-        ranks.part(during)
-        raise _failure(ranks, during, failures) from error
+def tell_failures(failures: Mapping[int, str]) -> Json:
+    """What went wrong on each rank, as JSON that stays short where thousands fail: `read_failures` reads it."""
+    ranks_of: dict[str, list[int]] = {}
+    for rank, words in sorted(failures.items()):
+        is_told = words in ranks_of or len(ranks_of) < _MOST_WORDS
+        ranks_of.setdefault(words if is_told else _MORE_WORDS, []).append(rank)
+    return [[words, progressions.told(ranks)] for words, ranks in ranks_of.items()]
+
+
+def read_failures(told: Json) -> dict[int, str]:
+    """The inverse of `tell_failures`."""
+    return {
+        rank: words for words, ranks in told for rank in progressions.read(ranks, _MOST_RANKS, "the ranks that failed")
+    }
+
+
+def _sum_up(summary: Summary, told: list[Json]) -> Json:
+    """What ``summary`` makes of all results, or what failed."""
+    failed = {rank: one for rank, one in enumerate(told) if "failed" in one}
+    if not failed:
+        result, error = _attempt(lambda: summary([one["result"] for one in told]))
+        if error is None:
+            return {"result": result}
+        failed = {LEADER: _failed(error)}
+    types = {one["type"] for one in failed.values()}
+    words = tell_failures({rank: one["failed"] for rank, one in failed.items()})
+    return {"failures": words, "type": types.pop() if len(types) == 1 else ""}
 
 
 def _attempt(work: Callable[[], Json]) -> tuple[Json, BaseException | None]:
@@ -192,11 +233,10 @@ def _failed(error: BaseException) -> Json:
     return {"failed": words, "type": type(error).__name__}
 
 
-def _failure(ranks: Ranks, during: str, told: dict[int, Json]) -> DistckptError:
-    words = {rank: one["failed"] for rank, one in told.items()}
+def _failure(ranks: Ranks, during: str, words: dict[int, str], kind: str) -> DistckptError:
+    """``kind``: what all that failed raised, if it was one type."""
     failure = RankFailure(during, words)
-    types = {one["type"] for one in told.values()}
     for typed in _TYPED:
-        if types == {typed.__name__}:
+        if kind == typed.__name__:
             return typed(words[ranks.rank] if ranks.world_size == 1 else str(failure))
     return failure

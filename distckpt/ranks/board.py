@@ -9,20 +9,24 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Protocol, TypeVar
 
 from distckpt.errors import RankFailure
-from distckpt.ranks import LEADER, Json, Ranks
+from distckpt.ranks import LEADER, Json, Ranks, Summary, read_failures, tell_failures
 
 _log = logging.getLogger("distckpt")
 
-# Looking costs about 40 microseconds on a c10d store; a wait begins eager and becomes lazy.
+# Looking costs about 25 microseconds on a c10d store; a wait begins eager and becomes lazy. All wait for the leader at
+# the same time: so many looks a second keep a board busy, and so few it hardly feels. A wait in the store itself would
+# cost nothing, but prints a warning for each that ends in vain.
 _FIRST_PAUSE_SECONDS = 0.0002
 _LONGEST_PAUSE_SECONDS = 0.02
-# A board serves this many looks of idle listeners a second without feeling them.
+_EAGER_LOOKS_PER_SECOND = 100_000
 _IDLE_LOOKS_PER_SECOND = 5000
+# What several ranks posted costs a thirtieth of that in one look, which is as long as all other looks wait for it.
+_KEYS_IN_ONE_LOOK = 512
 _ROUNDS_BETWEEN_LOOKS = 64
 _GRACE_SECONDS = 5.0
 _PARTING_SECONDS = 5.0
@@ -31,22 +35,19 @@ T = TypeVar("T")
 
 
 class Board(Protocol):
-    """A key-value store that all ranks see. Errors are any exception; `BoardRanks` turns them into `RankFailure`."""
+    """A key-value store that all ranks see, any thread of them. Errors are any exception; `BoardRanks` turns them into
+    `RankFailure`."""
 
     def post(self, key: str, value: str) -> None:
         """The value is there for all."""
         ...
 
-    def look(self, key: str) -> str | None:
-        """The value; ``None`` while nothing was posted. Never waits."""
+    def look(self, keys: Sequence[str]) -> Sequence[str] | None:
+        """Their values; ``None`` while there is none of one of them. Never waits."""
         ...
 
     def remove(self, key: str) -> None:
         """The key is free again. It is fine if it was."""
-        ...
-
-    def clone(self) -> Board:
-        """The same board for another thread."""
         ...
 
 
@@ -64,6 +65,9 @@ class BoardRanks:
         self._board = board
         self._name = name
         self._timeout = timeout
+        lookers = 1 if rank == LEADER else world_size
+        self._first_pause = max(_FIRST_PAUSE_SECONDS, lookers / _EAGER_LOOKS_PER_SECOND)
+        self._longest_pause = max(_LONGEST_PAUSE_SECONDS, lookers / _IDLE_LOOKS_PER_SECOND)
         self._round = 0
         self._told = 0
         self._forgotten = 0
@@ -71,24 +75,15 @@ class BoardRanks:
         self._mine: list[tuple[int, str]] = []  # what this rank posted, by round, until all have read it
         self._others = list(range(1, world_size))  # those who came to the last round, as far as the leader knows
 
-    def exchange(self, during: str, value: Json) -> list[Json]:
-        values: list[Json] = self._collect(during, value, is_for_all=True)
-        return values
-
-    def gather(self, during: str, value: Json) -> list[Json] | None:
-        values: list[Json] | None = self._collect(during, value, is_for_all=False)
-        return values
-
-    def _collect(self, during: str, value: Json, *, is_for_all: bool) -> Json:
+    def exchange(self, during: str, value: Json, summary: Summary = list) -> Json:
         self._round += 1
         post = json.dumps({"during": during, "value": value, "heard": self._told}, allow_nan=False)
         self._post(self._key(self.rank), post if self.rank != LEADER else "", during)
         if self.rank == LEADER:
-            answer = self._gather(during, post)
+            answer = self._gather(during, post, summary)
             if "failures" not in answer:
                 self._tidy(self._round - 1)
-            told = answer if is_for_all or "failures" in answer else {**answer, "values": None}
-            self._post(self._key("all"), json.dumps(told), during)
+            self._post(self._key("all"), json.dumps(answer), during)
         else:
             answer = json.loads(self._await_leader(during))
             self._tidy(self._round - 1)
@@ -97,7 +92,7 @@ class BoardRanks:
             self._mine.append((self._round, self._key("all")))
         if "failures" in answer:
             self.part(during)
-        return self._read(answer, during, "values")
+        return self._read(answer, during)
 
     def broadcast(self, during: str, value: Json) -> Json:
         self._round += 1
@@ -108,30 +103,28 @@ class BoardRanks:
             if self._round % _ROUNDS_BETWEEN_LOOKS == 0:
                 self._tidy(self._read_by_all(during))
             return value
-        answer = json.loads(self._await(self._key("all"), during, self._seconds, LEADER))
+        answer = json.loads(self._await_word(self._key("all"), during, self._seconds))
         if self._round % _ROUNDS_BETWEEN_LOOKS == 0:
             self._post(f"{self._name}/read/{self.rank}", str(self._round), during)
-        return self._read(answer, during, "value")
+        return self._read(answer, during)
 
     def listen(self, patience_seconds: float) -> Json | None:
         key = f"{self._name}/told/{self._told + 1}"
         pause = max(0.05, self.world_size / _IDLE_LOOKS_PER_SECOND)
         deadline = time.monotonic() + patience_seconds
-        while (text := self._look(key, "listen")) is None:
+        while (found := self._look([key], "listen")) is None:
             if time.monotonic() >= deadline:
                 return None
             time.sleep(min(pause, patience_seconds))
         self._told += 1
-        return json.loads(text)
+        return json.loads(found[0])
 
     def announce(self, value: Json) -> None:
         self._told += 1
         self._post(f"{self._name}/told/{self._told}", json.dumps(value, allow_nan=False), "announce")
 
     def fork(self, name: str) -> Ranks:
-        return BoardRanks(
-            self._board.clone(), self.rank, self.world_size, name=f"{self._name}/{name}", timeout=self._timeout
-        )
+        return BoardRanks(self._board, self.rank, self.world_size, name=f"{self._name}/{name}", timeout=self._timeout)
 
     def part(self, during: str) -> None:
         key = f"{self._name}/{self._round}/parted"
@@ -158,57 +151,63 @@ class BoardRanks:
     def _seconds(self) -> float:
         return self._timeout.total_seconds()
 
+    @property
+    def _absence(self) -> str:
+        return f"did not come within {self._timeout} (it died, hangs, or was not called)"
+
     def _key(self, who: int | str) -> str:
         return f"{self._name}/{self._round}/{who}"
 
-    def _gather(self, during: str, own: str) -> Json:
-        deadline = time.monotonic() + self._seconds
-        posts = {LEADER: own}
-        failures: dict[int, str] = {}
-        for rank in range(self.world_size):
-            if rank == LEADER:
-                continue
-            try:
-                posts[rank] = self._await(self._key(rank), during, deadline - time.monotonic(), rank)
-            except RankFailure as failure:
-                failures.update(failure.failures)
-        self._others = [rank for rank in posts if rank != LEADER]
-        found = {rank: json.loads(post) for rank, post in sorted(posts.items())}
-        failures.update(_elsewhere(during, {rank: post["during"] for rank, post in found.items()}))
+    def _gather(self, during: str, own: str, summary: Summary) -> Json:
+        others = range(1, self.world_size)
+        posts = self._await([self._key(rank) for rank in others], during, self._seconds)
+        self._others = [rank for rank, post in zip(others, posts, strict=True) if post is not None]
+        failures = {rank: self._absence for rank, post in zip(others, posts, strict=True) if post is None}
+        found = {LEADER: json.loads(own)} | {rank: json.loads(posts[rank - 1] or "") for rank in self._others}
+        failures |= _elsewhere(during, {rank: post["during"] for rank, post in found.items()})
         if failures:
-            return {"during": during, "failures": failures}
+            return {"during": during, "failures": tell_failures(failures)}
         self._forget(min(post["heard"] for post in found.values()))
-        return {"during": during, "values": [post["value"] for post in found.values()]}
+        return {"during": during, "value": summary([post["value"] for post in found.values()])}
 
-    def _read(self, answer: Json, during: str, what: str) -> Json:
+    def _read(self, answer: Json, during: str) -> Json:
         if "failures" in answer:
-            raise RankFailure(answer["during"], {int(rank): told for rank, told in answer["failures"].items()})
-        if answer["during"] != during or what not in answer:
+            raise RankFailure(answer["during"], read_failures(answer["failures"]))
+        if answer["during"] != during:
             raise RankFailure(during, _elsewhere("", {LEADER: answer["during"]}))
-        return answer[what]
+        return answer["value"]
 
     def _await_leader(self, during: str) -> str:
         # The leader waits from its own arrival on, so its arrival and its answer are two waits.
-        self._await(self._key(LEADER), during, self._seconds, LEADER)
-        return self._await(self._key("all"), during, self._seconds + _GRACE_SECONDS, LEADER)
+        self._await_word(self._key(LEADER), during, self._seconds)
+        return self._await_word(self._key("all"), during, self._seconds + _GRACE_SECONDS)
 
-    def _await(self, key: str, during: str, seconds: float, whom: int) -> str:
-        deadline = time.monotonic() + max(0.0, seconds)
-        pause = _FIRST_PAUSE_SECONDS
-        while (text := self._look(key, during)) is None:
-            if time.monotonic() >= deadline:
-                raise RankFailure(
-                    during, {whom: f"did not come within {self._timeout} (it died, hangs, or was not called)"}
-                )
-            time.sleep(pause)
-            pause = min(pause * 1.5, _LONGEST_PAUSE_SECONDS)
+    def _await_word(self, key: str, during: str, seconds: float) -> str:
+        """What the leader posts there."""
+        (text,) = self._await([key], during, seconds)
+        if text is None:
+            raise RankFailure(during, {LEADER: self._absence})
         return text
 
+    def _await(self, keys: Sequence[str], during: str, seconds: float) -> list[str | None]:
+        """What was posted under each of them, or was not within that time."""
+        deadline = time.monotonic() + seconds
+        found: list[str | None] = []
+        for begin in range(0, len(keys), _KEYS_IN_ONE_LOOK):
+            some = keys[begin : begin + _KEYS_IN_ONE_LOOK]
+            pause = self._first_pause
+            while (texts := self._look(some, during)) is None and (left := deadline - time.monotonic()) > 0:
+                time.sleep(min(pause, left))
+                pause = min(pause * 1.5, self._longest_pause)
+            found += self._look_one_by_one(some, during) if texts is None else texts
+        return found
+
+    def _look_one_by_one(self, keys: Sequence[str], during: str) -> list[str | None]:
+        looks = [self._look([key], during) for key in keys]
+        return [None if look is None else look[0] for look in looks]
+
     def _linger(self, keys: list[str], during: str) -> None:
-        deadline = time.monotonic() + min(_PARTING_SECONDS, self._seconds)
-        while keys and time.monotonic() < deadline:
-            keys = [key for key in keys if self._look(key, during) is None]
-            time.sleep(_FIRST_PAUSE_SECONDS)
+        self._await(keys, during, min(_PARTING_SECONDS, self._seconds))
 
     def _tidy(self, read: int) -> None:
         """What this rank said until the round ``read`` is gone: everybody has come further, so all have read it."""
@@ -217,8 +216,8 @@ class BoardRanks:
         self._mine = [(number, key) for number, key in self._mine if number > read]
 
     def _read_by_all(self, during: str) -> int:
-        rounds = [self._look(f"{self._name}/read/{rank}", during) for rank in range(1, self.world_size)]
-        return min(int(text or 0) for text in rounds)
+        keys = [f"{self._name}/read/{rank}" for rank in range(1, self.world_size)]
+        return min(int(text or 0) for text in self._await(keys, during, seconds=0))
 
     def _forget(self, heard: int) -> None:
         for number in range(self._forgotten + 1, heard + 1):
@@ -228,8 +227,8 @@ class BoardRanks:
     def _post(self, key: str, value: str, during: str) -> None:
         self._guarded(during, lambda: self._board.post(key, value))
 
-    def _look(self, key: str, during: str) -> str | None:
-        return self._guarded(during, lambda: self._board.look(key))
+    def _look(self, keys: Sequence[str], during: str) -> Sequence[str] | None:
+        return self._guarded(during, lambda: self._board.look(keys))
 
     def _guarded(self, during: str, call: Callable[[], T]) -> T:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Protocol, cast
 
@@ -10,7 +11,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from distckpt.ranks import Ranks, Solo
-from distckpt.ranks.board import Board, BoardRanks
+from distckpt.ranks.board import BoardRanks
 
 
 def detect(timeout: timedelta) -> Ranks:
@@ -43,7 +44,7 @@ class Store(Protocol):
     """What is used of ``torch.distributed.Store``, whose own types are not exported."""
 
     def set(self, key: str, value: str) -> None: ...
-    def get(self, key: str) -> bytes: ...
+    def multi_get(self, keys: list[str]) -> list[bytes]: ...
     def add(self, key: str, amount: int) -> int: ...
     def check(self, keys: list[str]) -> bool: ...
     def delete_key(self, key: str) -> bool: ...
@@ -51,7 +52,8 @@ class Store(Protocol):
 
 
 class C10dBoard:
-    """A c10d store as a board. Nothing here waits in C++, where a lost peer could not be given up."""
+    """A c10d store as a board. Nothing here waits in C++, where a lost peer could not be given up; so all threads of a
+    rank can share one, which is a connection of its own to rank 0."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -59,13 +61,9 @@ class C10dBoard:
     def post(self, key: str, value: str) -> None:
         self._store.set(key, value)
 
-    def look(self, key: str) -> str | None:
-        if not self._store.check([key]):
-            return None
-        return self._store.get(key).decode()
+    def look(self, keys: Sequence[str]) -> Sequence[str] | None:
+        asked = list(keys)
+        return [one.decode() for one in self._store.multi_get(asked)] if self._store.check(asked) else None
 
     def remove(self, key: str) -> None:
         self._store.delete_key(key)
-
-    def clone(self) -> Board:
-        return C10dBoard(self._store.clone())

@@ -38,7 +38,10 @@ class Job:
     def plan(self, states: list[Snapshot]) -> None:
         planners = [one.planner for one in self.formats]
         digests = [one.look(state, rank) for rank, (one, state) in enumerate(zip(planners, states, strict=True))]
-        told = [json.loads(json.dumps(one.tell(rank, digests))) for rank, one in enumerate(planners)]
+        told = [
+            json.loads(json.dumps(one.tell(is_first=digests.index(digests[rank]) == rank)))
+            for rank, one in enumerate(planners)
+        ]
         answer = json.loads(json.dumps(planners[0].plan(told)))
         for rank, planner in enumerate(planners):
             planner.take(rank, answer)
