@@ -5,15 +5,14 @@ from __future__ import annotations
 import inspect
 import logging
 import os
-import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from distckpt import environment
+from distckpt import words
 from distckpt.best import Metric, parse_metrics
-from distckpt.buffers import parse_mode, sync_buffers
+from distckpt.buffers import parse_mode
 from distckpt.capturing import Capturing
 from distckpt.catalog import scan
 from distckpt.choosing import FORMATS, choose_format
@@ -28,21 +27,13 @@ from distckpt.ranks import from_leader, to_leader
 from distckpt.ranks.process_group import detect
 from distckpt.resuming import best_of, name_of, resume, start_from
 from distckpt.run import Run
-from distckpt.saving import Job
+from distckpt.saver import Saver
 from distckpt.schedule import Interval, Schedule
 from distckpt.selection import Selection
 from distckpt.state import Parts
+from distckpt.step_body import StepBody
 from distckpt.stores.local import LocalStore
 from distckpt.triggers import Triggers
-from distckpt.words import (
-    check_bytes,
-    check_choice,
-    check_count,
-    check_directory,
-    check_flags,
-    check_timeout,
-    refuse_unknown,
-)
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.planner import SavePlanner
@@ -140,26 +131,22 @@ class Checkpointer:
         timeout: timedelta = timedelta(minutes=15),
         **unknown: object,
     ) -> None:
-        refuse_unknown(unknown, inspect.signature(Checkpointer).parameters, "Checkpointer")
-        check_flags(by_epoch=by_epoch, save_last=save_last, async_save=async_save, recycle=recycle)
-        check_choice("format", format, FORMATS)
-        check_choice("when_busy", when_busy, ("wait", "skip"))
-        check_choice("snapshot", snapshot, MODES)
-        check_bytes("arena_bytes", arena_bytes, least=LEAST_ARENA_BYTES)
-        check_count("writers_per_node", writers_per_node)
-        check_timeout("timeout", timeout)
-        check_directory("out_dir", out_dir)
-        if on_event is not None and not callable(on_event):
-            raise TypeError(f"on_event should be a function of one dict, is {on_event!r}")
-        if init_from is not None and not isinstance(init_from, (str, os.PathLike)):
-            raise TypeError(f"init_from should be the path of a checkpoint or of a file, is {init_from!r}")
+        words.refuse_unknown(unknown, inspect.signature(Checkpointer).parameters, "Checkpointer")
+        words.check_flags(by_epoch=by_epoch, save_last=save_last, async_save=async_save, recycle=recycle)
+        words.check_choice("format", format, FORMATS)
+        words.check_choice("when_busy", when_busy, ("wait", "skip"))
+        words.check_choice("snapshot", snapshot, MODES)
+        words.check_bytes("arena_bytes", arena_bytes, least=LEAST_ARENA_BYTES)
+        words.check_count("writers_per_node", writers_per_node)
+        words.check_timeout("timeout", timeout)
+        words.check_directory("out_dir", out_dir)
+        words.check_function("on_event", on_event)
+        words.check_path("init_from", init_from)
         schedule = Schedule.parse(interval, begin=save_begin)
         self._save_last = save_last
         metrics = parse_metrics(save_best, rule, greater_keys, less_keys)
         kept = dict(max_keep_ckpts=max_keep_ckpts, keep_every=keep_every, keep_for=keep_for, keep_bytes=keep_bytes)
-        self._buffers_mode = parse_mode(sync_buffers)
-        self._async_save = async_save
-        self._when_busy = when_busy
+        buffers_mode = parse_mode(sync_buffers)
         self._init_from = os.fspath(init_from) if init_from is not None else None
         self._parts = Parts(state, per_rank)
 
@@ -170,8 +157,8 @@ class Checkpointer:
         self._judge = Judge(metrics, max_keep_best, ranks=ranks, records=lambda: self._run.known_records())
         keeping = LabelledKeeping(kept, self._judge)
         self._stager = Stager(snapshot, arena_bytes=arena_bytes, modules=self._parts.modules.values())
-        self._capturing = Capturing(self._parts, chosen, self._stager, ranks)
-        to_leader(ranks, "memory for snapshots", lambda: self._capturing.reserve(size))
+        capturing = Capturing(self._parts, chosen, self._stager, ranks)
+        to_leader(ranks, "memory for snapshots", lambda: capturing.reserve(size))
         from_leader(ranks, "creation of the directory", store.make_root)
         self._run = Run(
             store,
@@ -183,15 +170,19 @@ class Checkpointer:
             on_event=on_event,
         )
         self._ranks = ranks
-        self._timeout = timeout
-        self._environment = environment.describe()
+        self._triggers = Triggers(schedule, self._run, by_epoch=by_epoch)
+        self._saver = Saver(
+            self._run,
+            self._parts,
+            capturing,
+            triggers=self._triggers,
+            buffers_mode=buffers_mode,
+            is_async=async_save,
+            skips=when_busy == "skip",
+        )
         self._progress = Progress(0)
         self._metrics: Mapping[str, float] = {}
-        # Of the step whose body runs in steps(), or was left: what was reported, and which saves were asked for.
-        self._is_in_step = self._is_left = False
-        self._reported: dict[str, float | None] | None = None
-        self._asked: dict[str, bool] = {}
-        self._triggers = Triggers(schedule, self._run, by_epoch=by_epoch)
+        self._body = StepBody()
         self._is_resumed = False
         self._holds_checkpoints = bool(from_leader(ranks, "look for checkpoints", lambda: bool(scan(store).records)))
 
@@ -229,7 +220,7 @@ class Checkpointer:
         record = resume(self._run, self._parts, selection, name=name, strict=strict)
         if record is not None:
             self._progress, self._metrics = record.progress, {}
-            self._forget_step()
+            self._body.end()
             self._triggers.restart()
         elif self._init_from is not None:
             start_from(self._init_from, self._ranks, self._parts, selection, strict=strict)
@@ -247,8 +238,7 @@ class Checkpointer:
         """
         self._require_ready()
         self._progress, self._metrics = Progress(self._progress.step + 1, self._progress.epoch + epoch_ends), {}
-        reported, asked = self._reported, self._asked
-        self._forget_step()
+        reported, asked = self._body.end()
         reasons = [*self._triggers.due(self._progress, epoch_ends=epoch_ends), *asked]
         if reported is not None and self._is_best(reported):
             reasons.append("best")
@@ -269,11 +259,11 @@ class Checkpointer:
         if not self._is_resumed:
             self.resume()
         while self._progress.step < total and not self._triggers.should_stop:
-            self._is_in_step = True
+            self._body.begin(self._progress.step + 1)
             try:
                 yield self._progress.step + 1
             except GeneratorExit:
-                self._is_left = True
+                self._body.leave()
                 raise
             self.step()
         self.close()
@@ -292,10 +282,10 @@ class Checkpointer:
         if not isinstance(metrics, Mapping) or not all(isinstance(key, str) for key in metrics):
             raise TypeError(f"report() takes a dict of names and numbers, got {metrics!r}")
         self._require_ready()
-        self._require_whole_step()
+        self._body.require_whole()
         numbers = self._judge.numbers(metrics)
-        if self._is_in_step:
-            self._reported = {**(self._reported or {}), **numbers}
+        if self._body.is_open:
+            self._body.report(numbers)
             return
         is_best = self._is_best(numbers)
         if self._run.saved == self._progress and self._run.record is not None:
@@ -314,9 +304,9 @@ class Checkpointer:
         """
         if not isinstance(reason, str) or not reason:
             raise TypeError(f"reason should be a word, is {reason!r}")
-        self._require_whole_step()
-        if self._is_in_step:
-            self._asked[reason] = wait or self._asked.get(reason, False)
+        self._body.require_whole()
+        if self._body.is_open:
+            self._body.ask(reason, wait=wait)
             return
         self._save(reason)
         if wait:
@@ -330,7 +320,7 @@ class Checkpointer:
             RankFailure: on all ranks, where the state of one cannot be stored, or they do not hold it whole and alike.
         """
         self._require_ready()
-        self._run.plan(self._capturing.capture)
+        self._saver.prepare()
 
     def wait(self, timeout: timedelta | None = None) -> None:
         """The save in flight is durable, within ``timeout`` (of the checkpointer, if None). Collective.
@@ -355,8 +345,8 @@ class Checkpointer:
         """
         try:
             if self._save_last and not self._run.is_closed:
-                if self._is_in_step:
-                    _log.warning("%s; it is not saved", self._left_words())
+                if self._body.is_open:
+                    _log.warning("%s; it is not saved", self._body.left_words())
                 elif self._progress.step > 0:
                     self._save("last")
         finally:
@@ -400,41 +390,15 @@ class Checkpointer:
                 "run a directory of its own"
             )
 
-    def _require_whole_step(self) -> None:
-        if self._is_left:
-            raise RuntimeError(f"{self._left_words()}: call step() if it is done after all, or resume()")
-
-    def _left_words(self) -> str:
-        return f"step {self._progress.step + 1} was left before its end, so what there is is no state of a step"
-
-    def _forget_step(self) -> None:
-        self._is_in_step = self._is_left = False
-        self._reported, self._asked = None, {}
-
     def _save(self, *reasons: str) -> None:
         self._require_ready()
-        if self._run.saved == self._progress:
-            return
-        began = time.monotonic()
-        if self._when_busy == "skip" and reasons == ("interval",) and self._is_busy():
-            _log.warning("step %d is not saved: the save before it is not durable yet", self._progress.step)
-            return
-        self._run.collect()
-        sync_buffers(self._parts.modules.values(), self._buffers_mode, ranks=self._ranks, timeout=self._timeout)
-        self._triggers.restart()
-        self._run.plan(self._capturing.capture)
-        job = Job(self._progress, reasons, self._capturing.take, metrics=self._metrics, environment=self._environment)
-        self._run.save(job, began=began, wait=not self._async_save or self._triggers.should_stop)
+        self._saver.save(self._progress, reasons, self._metrics)
 
     def _end(self) -> None:
         try:
             self._run.close()
         finally:
             self._stager.close()
-
-    def _is_busy(self) -> bool:
-        # Whether a writer is done is seen by each rank at another time, so one of them says.
-        return bool(from_leader(self._ranks, "look at the writer", lambda: self._run.is_busy))
 
     def _is_best(self, numbers: Mapping[str, float | None]) -> bool:
         self._run.collect()  # a save in flight may be the best so far, which its record will say

@@ -142,6 +142,18 @@ def check_timeout(word: str, value: object) -> None:
         raise ValueError(f"{word} should be longer than zero, is {value}")
 
 
+def check_function(word: str, value: object) -> None:
+    """``value`` is None, or can be called; ``TypeError`` naming the word, if not."""
+    if value is not None and not callable(value):
+        raise TypeError(f"{word} should be a function of one dict, is {value!r}")
+
+
+def check_path(word: str, value: object) -> None:
+    """``value`` is None, or a path; ``TypeError`` naming the word, if not."""
+    if value is not None and not isinstance(value, (str, os.PathLike)):
+        raise TypeError(f"{word} should be the path of a checkpoint or of a file, is {value!r}")
+
+
 def check_directory(word: str, value: object) -> None:
     """``value`` is the path of a directory; ``TypeError`` or ``ValueError`` naming the word, if it cannot be."""
     if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):

@@ -189,6 +189,17 @@ def test_a_control_file_is_obeyed_and_removed(out_dir, clock, name, why, steps):
     assert resumed(out_dir) == (4, 4)
 
 
+def test_what_a_stop_saves_is_durable_when_its_step_ends(out_dir, clock, gate):
+    ckpt, _ = start(out_dir)
+    (out_dir / "STOP").touch()
+    threading.Timer(0.3, gate.set).start()
+    while not ckpt.should_stop:
+        ckpt.step()
+        clock.now += 0.5
+    assert ckpt.latest is not None
+    ckpt.close()
+
+
 # The loop
 
 
