@@ -113,6 +113,7 @@ def _write(job: Job, store: Store, draft: Draft) -> Json:
     return {
         "files": [[file.path, file.size_bytes, file.xxh3_128, file.digests] for file in written.files],
         "tensors": None if written.tensors is None else [_to_json(one) for one in written.tensors],
+        "gone": written.gone,
         "measures": dict(written.measures),
     }
 
@@ -154,7 +155,7 @@ def _to_group(told: Json) -> TensorGroup:
 
 def _to_written(told: Json) -> Written:
     tensors = None if told["tensors"] is None else tuple(map(_to_group, told["tensors"]))
-    return Written(files=tuple(FileEntry(*one) for one in told["files"]), tensors=tensors)
+    return Written(tuple(FileEntry(*one) for one in told["files"]), tensors, tuple(told["gone"]))
 
 
 def _most(told: list[Json]) -> dict[str, float]:

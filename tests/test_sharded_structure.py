@@ -264,6 +264,33 @@ def test_a_tensor_that_is_gone_on_some_ranks_is_not_lost_where_others_have_it(ru
     assert run_ranks(1, reads, out, kept)[0] == [spelled(*states[nth - 1]) for nth in kept]
 
 
+def reads_values(rank: int, out: str, numbers: list[int]) -> list[str]:
+    part, found = Holder(None), []
+    with running(out, {"part": part}, save_last=False) as ckpt:
+        for number in numbers:
+            ckpt.resume(number)
+            found.append(str(part.tensors))
+    return found
+
+
+def test_a_value_that_appears_on_one_rank_is_saved_at_once_and_agreed_on_at_the_next_save(run_ranks, tmp_path):
+    out = str(tmp_path / "run")
+    few, more = {"inner": {"a": 1}}, {"inner": {"a": 1, "b": 2}}
+    found = run_ranks(2, saves, out, [[few, few], [few, more], [few, more], [more, more]])
+    assert found == [[(False, ""), (True, ""), (False, ""), (True, "")]] * 2
+    assert run_ranks(1, reads_values, out, [1, 2, 3, 4])[0] == [str(few), str(more), str(more), str(more)]
+
+
+def test_a_value_that_is_gone_on_the_rank_that_wrote_it_for_all_is_named_and_the_next_save_works(run_ranks, tmp_path):
+    out = str(tmp_path / "run")
+    few, more = {"inner": {}}, {"inner": {"a": 1}}
+    for found in run_ranks(2, saves, out, [[more, more], [few, more], [few, more], [few, few]]):
+        assert [is_due for is_due, _ in found] == [False, True, False, True]
+        assert [bool(failure) for _, failure in found] == [False, True, False, False]
+        assert "'part.inner.a' is not in the state of rank 0 any more" in found[1][1]
+    assert run_ranks(1, reads_values, out, [1, 3, 4])[0] == [str(more), str(more), str(few)]
+
+
 class Twice(nn.Module):
     """Two ways through it: each rank takes another."""
 

@@ -121,7 +121,8 @@ class Staging:
             if self._is_whole(generation):
                 told = [image.groups for image in images]
                 groups = None if None in told else tuple(group for of in told for group in of or ())
-                return Written(tuple(entries), groups, dict(self._measures))
+                gone = tuple(one for image in images for one in image.gone)
+                return Written(tuple(entries), groups, gone, dict(self._measures))
             for image, place in zip(images, places, strict=True):
                 store.delete(place)
                 if image.digests:

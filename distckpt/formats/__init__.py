@@ -53,6 +53,7 @@ class Image:
         keys: what each is called; there are none where nobody could tell them apart, which is how none of them is
             copied beside training.
         groups: what the manifest says of them; ``None`` where that is what the ranks agreed on, see `Planner`.
+        gone: some of what the ranks agreed that this one has of the job's state, and it has no more.
         sums: what is filled in as the bytes pass by on their way to the store.
         digests: the file beside it that is to hold the digests of its blocks, so that parts of it can be checked.
     """
@@ -64,6 +65,7 @@ class Image:
     offsets: Sequence[int] = ()
     keys: Sequence[str] = ()
     groups: tuple[TensorGroup, ...] | None = ()
+    gone: Sequence[str] = ()
     sums: Sequence[Sum] = ()
     digests: str = ""
 
@@ -74,6 +76,7 @@ class Written:
 
     Attributes:
         tensors: ``None`` where they are those that the ranks agreed on, see `Planner`.
+        gone: of all images, see `Image`.
         measures: ``stage_seconds`` of the training thread, ``waited_seconds`` of optimizers; of the writer's threads
             ``fill_seconds``, in which one waited for the copy, ``hash_seconds``, and beside these ``write_seconds``,
             ``fsync_seconds``; ``arena_bytes``; ``retakes``, of what somebody changed too early.
@@ -81,6 +84,7 @@ class Written:
 
     files: tuple[FileEntry, ...] = ()
     tensors: tuple[TensorGroup, ...] | None = ()
+    gone: tuple[str, ...] = ()
     measures: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -234,7 +238,7 @@ class Format(Protocol):
         """What the manifest says of all tensors, from what each rank wrote. On the leader.
 
         Raises:
-            ValueError: naming a tensor that was not written whole.
+            ValueError: naming a tensor that was not written whole, or what else of the job's state nobody wrote.
         """
         ...
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+Place = tuple[object, ...]
 
 
 def merged(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -16,6 +18,18 @@ def merged(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for other in states[1:]:
         first = _with(first, other)
     return first
+
+
+def places_in(state: Mapping[str, Any], place: Place = ()) -> Iterator[Place]:
+    """What `merged` takes from ``state``, if no state before has it: each key with those around it, and each name of a
+    parameter with those around its group. Of two states with the same places the first one is enough."""
+    for key, value in state.items():
+        here = (*place, key)
+        yield here
+        if isinstance(value, dict):
+            yield from places_in(value, here)
+            if key == "param_groups" and _are_groups(value):
+                yield from ((*here, "params", name) for group in value.values() for name in group["params"])
 
 
 def _with(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:

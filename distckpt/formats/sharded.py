@@ -25,6 +25,8 @@ from distckpt.stores import Store
 
 # Plans that are made although an optimizer has no state yet.
 _FEW = 2
+# So much of a digest tells those of one job apart.
+_OUTLINE = 16
 
 
 class Sharded:
@@ -49,7 +51,11 @@ class Sharded:
     def tensors_of(self, written: Sequence[Written]) -> tuple[TensorGroup, ...]:
         others = {rank: one.tensors for rank, one in enumerate(written) if one.tensors is not None}
         plan = self.planner.made
-        return amended(plan.groups, plan.holders, others) if others else plan.groups
+        if not others:
+            return plan.groups
+        groups = amended(plan.groups, plan.holders, others)
+        self.planner.check_written(written)
+        return groups
 
     def open(self, store: Store, path: str, manifest: Manifest, rank: int, parts: Collection[str] | None) -> Opened:
         return OpenedSharded(store, path, manifest, rank, parts)
@@ -69,6 +75,7 @@ class _Planner:
         self.made = Plan((), {}, {})
         self.is_due = True
         self._taken = 0
+        self._outlines: Sequence[str] = ()
 
     def look(self, snapshot: Snapshot, rank: int) -> str:
         self._seen = self._layouts.see(snapshot, rank)
@@ -79,12 +86,14 @@ class _Planner:
         assert self._seen is not None, "it looked before"
         self._layouts.is_first = is_first
         told = self._layouts.holding.tell(is_schema_told=is_first)
-        return {**told, "is_growing": self._seen.is_growing, "machine": platform.node()}
+        outline = self._layouts.outline[:_OUTLINE]
+        return {**told, "outline": outline, "is_growing": self._seen.is_growing, "machine": platform.node()}
 
     def plan(self, told: Sequence[Any]) -> Any:
         per_node = self._writers_per_node
         writers = None if per_node is None else writers_of([one["machine"] for one in told], per_node)
         self.made = make_plan([Told.parse(one) for one in told], writers)
+        self._outlines = [one["outline"] for one in told]
         return {**self.made.answer, "is_growing": any(one["is_growing"] for one in told)}
 
     def take(self, rank: int, answer: Any) -> None:
@@ -93,6 +102,25 @@ class _Planner:
         self._seen = None
         self._taken += 1
         self.is_due = answer["is_growing"] and self._taken < _FEW  # some optimizers never have any state
+
+    def check_written(self, written: Sequence[Written]) -> None:
+        """What is no tensor is written whole, which the first of those does that knew the same. On the leader.
+
+        Raises:
+            ValueError: naming what is not there any more on one that wrote it for others, and is on one of these.
+        """
+        writers: dict[str, int] = {}
+        relying: dict[str, int] = {}
+        for rank, (outline, one) in enumerate(zip(self._outlines, written, strict=False)):
+            writers.setdefault(outline, rank)
+            if one.tensors is None:
+                relying.setdefault(outline, rank)
+        for outline, rank in writers.items():
+            if (gone := written[rank].gone) and outline in relying:
+                raise ValueError(
+                    f"{ascii(gone[0])[:120]} is not in the state of rank {rank} any more, which wrote it for all, and "
+                    f"in that of rank {relying[outline]} it still is"
+                )
 
 
 FORMAT = Sharded()

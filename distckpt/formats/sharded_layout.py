@@ -18,6 +18,7 @@ from distckpt.formats import tree as trees
 from distckpt.formats.dcp_planner import planned
 from distckpt.formats.form import Form
 from distckpt.formats.held import Holding
+from distckpt.formats.merging import Place, places_in
 from distckpt.formats.safetensors_file import DTYPES
 from distckpt.formats.safetensors_layout import lay_out
 from distckpt.formats.sharded_plan import Part, parts_of
@@ -26,6 +27,8 @@ from distckpt.manifest import TensorGroup, digest
 from distckpt.ranks import LEADER
 
 _Likeness = tuple[Any, ...]
+
+_MOST_TOLD = 8
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ class ShardedLayouts:
     Attributes:
         holding: what this rank held when it last looked.
         schema: what it knew of the job's tensors then, as a digest.
-        outline: that, and which keys the rest of the state had.
+        outline: that, and which keys there are in the state.
         is_first: whether no rank before this one knew the same.
     """
 
@@ -105,6 +108,9 @@ class ShardedLayouts:
         self._files: Sequence[_File] | None = None
         self._are_planned = False
         self._own_kinds: Mapping[str, _Likeness] = {}
+        self._places: frozenset[Place] = frozenset()
+        self._places_agreed: frozenset[Place] = frozenset()
+        self._is_as_agreed = False
         self.schema = self.outline = ""
         self.is_first = True
 
@@ -119,6 +125,7 @@ class ShardedLayouts:
             seen = _planned(self._planner, seen, is_leader=rank == LEADER)
         if not seen.is_as_before:
             self._files = None
+            self._places = frozenset(places_in(snapshot.shared))
         return seen
 
     def _see(self, snapshot: Snapshot) -> Seen:
@@ -138,8 +145,7 @@ class ShardedLayouts:
         """What this rank holds is known."""
         self.holding = Holding.of(seen.tensors)
         self.schema = digest(self.holding.schema())
-        keys = {part: _keys_in(json.loads(text)) for part, text in seen.texts.items()}
-        self.outline = digest(strict_json.dump([self.schema, keys]))
+        self.outline = digest(strict_json.dump([self.schema, sorted(map(repr, self._places))]))
 
     def plan(self, rank: int, answer: Mapping[str, Any], seen: Seen) -> None:
         """What this rank writes of what it held when it looked is known."""
@@ -147,25 +153,33 @@ class ShardedLayouts:
         parts = parts_of(self.holding, rank, answer, self.schema)
         self._planned = {(kinds[part.nth].key, kinds[part.nth].nth): part for part in parts}
         self._known = {key: _likeness(tensor) for key, tensor in seen.tensors.items()}
+        self._places_agreed = self._places
         self._files = None
 
     def lay_out(self, snapshot: Snapshot, rank: int) -> list[Image]:
-        """See `distckpt.formats.Format.lay_out`. A rank whose state has become another since the plan was made writes
-        all that it has, and tells: nobody knows whether others still hold, and so write, what it shares with them."""
+        """See `distckpt.formats.Format.lay_out`. A rank whose tensors have become others since the plan was made
+        writes all that it has, and tells: nobody knows whether others still hold, and so write, what it shares with
+        them. One that has other keys of what is no tensor writes that, and tells, too."""
         seen = self.see(snapshot, rank)
         own, told = _own(snapshot.own, rank)
         own_kinds = {key: _likeness(tensor) for key, tensor in own.items()}
         if self._files is None or own_kinds != self._own_kinds:
             self._are_planned = self._known == {key: _likeness(tensor) for key, tensor in seen.tensors.items()}
+            self._is_as_agreed = self._are_planned and self._places == self._places_agreed
             self._files, self._own_kinds = self._make_files(seen, own, rank), own_kinds
         images = [file.filled(own, seen.tensors) for file in self._files]
-        is_planned = self._are_planned
-        images.append(_text(layout.rank_file(rank), strict_json.dump(told).decode(), is_planned=is_planned))
+        images.append(self._text(layout.rank_file(rank), strict_json.dump(told).decode()))
         if rank == LEADER:
-            images.append(_text(layout.STATE, _joined(seen.texts), is_planned=is_planned))
-        elif seen.texts and (self.is_first or not is_planned):
-            images.append(_text(layout.rank_state(rank), _joined(seen.texts), is_planned=is_planned))
+            images.append(self._text(layout.STATE, _joined(seen.texts)))
+        elif seen.texts and (self.is_first or not self._is_as_agreed):
+            images.append(self._text(layout.rank_state(rank), _joined(seen.texts)))
+        if gone := self._places_agreed - self._places:
+            images[-1] = replace(images[-1], gone=sorted(".".join(map(str, place)) for place in gone)[:_MOST_TOLD])
         return images
+
+    def _text(self, path: str, text: str) -> Image:
+        data = text.encode("ascii")
+        return Image(path, len(data), texts=((0, data),), groups=None if self._is_as_agreed else ())
 
     def _match(self, part: str, state: Any) -> tuple[dict[str, Tensor], str] | None:
         if part not in self._forms:
@@ -217,7 +231,7 @@ class ShardedLayouts:
         image = replace(
             lay_out(path, tensors, _sharding_info(offsets)),
             digests=layout.digests_file(path),
-            groups=None if self._are_planned else _groups(path, pieces, seen),
+            groups=None if self._is_as_agreed else _groups(path, pieces, seen),
         )
         places = {key: nth for nth, key in enumerate(tensors)}
         return _File(replace(image, tensors=()), [*own], pieces, [places[key] for key in image.keys])
@@ -232,13 +246,6 @@ def _planned(planner: SavePlanner, seen: Seen, *, is_leader: bool) -> Seen:
         if left := {key.removeprefix(prefix) for key in seen.tensors.keys() - tensors.keys() if key.startswith(prefix)}:
             texts[part] = strict_json.dump(trees.without(json.loads(text), left, part)).decode()
     return replace(seen, tensors=tensors, texts=texts, is_as_before=False)
-
-
-def _keys_in(value: Any) -> Any:
-    """The keys of the dicts in it, in whatever order they are."""
-    if isinstance(value, dict):
-        return {key: _keys_in(value[key]) for key in sorted(value)}
-    return [*filter(None, map(_keys_in, value))] if isinstance(value, list) else None
 
 
 def _is_growing(state: Any) -> bool:
@@ -286,8 +293,3 @@ def _own(parts: Mapping[str, Any], rank: int) -> tuple[dict[str, Tensor], dict[s
 
 def _joined(texts: Mapping[str, str]) -> str:
     return "{" + ",".join(f"{strict_json.dump(part).decode()}:{text}" for part, text in texts.items()) + "}"
-
-
-def _text(path: str, text: str, *, is_planned: bool) -> Image:
-    data = text.encode("ascii")
-    return Image(path, len(data), texts=((0, data),), groups=None if is_planned else ())

@@ -258,6 +258,72 @@ def test_whoever_holds_what_it_is_all_read_back(tmp_path_factory, data):
             assert same(job.read(path, manifest, rank).shared["model"], {**state})
 
 
+def test_a_value_that_appears_on_one_rank_only_is_written_by_it_and_who_writes_what_of_tensors_stays(tmp_path):
+    state = model_of(20_000, 3000)
+    job = Job(tmp_path, 3)
+    job.plan(replicated(state, 3))
+    _, _, before = job.save(replicated(state, 3))
+    more = replicated(state, 3)
+    more[1] = replace(more[1], shared={"model": {**state, "new": 5}})
+    path, manifest, written = job.save(more)
+    assert [one.tensors is None for one in written] == [True, False, True]
+    assert job.read(path, manifest).shared["model"]["new"] == 5
+    sizes = [[file.size_bytes for file in one.files if "safetensors" in file.path] for one in written]
+    assert sizes == [[file.size_bytes for file in one.files if "safetensors" in file.path] for one in before]
+    job.plan(more)
+    path, manifest, written = job.save(more)
+    assert [one.tensors for one in written] == [None] * 3 and job.read(path, manifest, 2).shared["model"]["new"] == 5
+
+
+def test_a_value_that_is_gone_on_the_rank_that_wrote_it_for_another_is_named(tmp_path):
+    job = Job(tmp_path, 3)
+    states = [Snapshot({"part": {"inner": {"a": 1}, "b": 2} if rank else {}}, {}) for rank in range(3)]
+    job.plan(states)
+    job.save(states)
+    states[1] = Snapshot({"part": {"inner": {}, "b": 2}}, {})
+    with pytest.raises(ValueError, match=r"'part.inner.a' is not in the state of rank 1 .*, and in that of rank 2 it"):
+        job.save(states)
+    states[2] = Snapshot({"part": {"inner": {"a": 3}, "b": 2, "c": 4}}, {})  # it writes all that it knows itself
+    path, manifest, _ = job.save(states)
+    assert job.read(path, manifest).shared == {"part": {"inner": {"a": 3}, "b": 2, "c": 4}}
+
+
+def test_a_parameter_that_one_ranks_optimizer_knows_alone_is_written_although_it_has_no_state(tmp_path):
+    job = Job(tmp_path, 2)
+    states = [
+        Snapshot({"optim": {"state": {}, "param_groups": {"a": {"lr": 0.5, "params": names}}}}, {})
+        for names in (["a"], ["a", "b"])
+    ]
+    job.plan(states)
+    path, manifest, _ = job.save(states)
+    groups = job.read(path, manifest).shared["optim"]["param_groups"]
+    assert [group["params"] for group in groups.values()] == [["a"], ["b"]]
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_value_that_any_rank_has_is_read_back_or_named(tmp_path_factory, data):
+    """Values come and go on some of the ranks."""
+    ranks = data.draw(st.integers(1, 3))
+    job = Job(tmp_path_factory.mktemp("job"), ranks)
+    for save in range(4):
+        states: list[dict[str, Any]] = [{"a": {}, 1: {}} for _ in range(ranks)]
+        for rank in range(ranks):
+            for outer, inner in data.draw(st.sets(st.sampled_from([("a", "b"), ("a", 2), (1, "b"), (1, "c")]))):
+                states[rank][outer][inner] = (save, outer, inner)
+        snapshots = [Snapshot({"part": one}, {}) for one in states]
+        if save == 0 or data.draw(st.booleans()):
+            job.plan(snapshots)
+        known = {outer: {key: one for state in states for key, one in state[outer].items()} for outer in ("a", 1)}
+        try:
+            path, manifest, _ = job.save(snapshots)
+        except ValueError as error:
+            assert "is not in the state of rank" in str(error)
+            job.plan(snapshots)
+            path, manifest, _ = job.save(snapshots)
+        assert job.read(path, manifest).shared == {"part": known}
+
+
 # What is damaged
 
 
