@@ -30,10 +30,25 @@ class Capturing:
         elif is_leader(self._ranks):
             self._stager.reserve(size.total_bytes, is_pinned=size.is_on_device)
 
+    def check(self) -> None:
+        """Ranks that write a part each can tell what is the same on several of them.
+
+        Raises:
+            TypeError: as `Parts.require_names`.
+        """
+        if self._is_shared_out and self._ranks.world_size > 1:
+            self._parts.require_names()
+
     def capture(self) -> Snapshot:
-        """The state as it is now: references, no copies. Collective for parts whose ``state_dict`` is."""
+        """The state as it is now: references, no copies. Collective for parts whose ``state_dict`` is.
+
+        Raises:
+            TypeError: where several ranks could not tell whether they have the same, see `Parts.capture_shared`.
+        """
         leads = is_leader(self._ranks)
-        shared = self._parts.capture_shared(is_leader=leads, by_name=self._is_shared_out)
+        shared = self._parts.capture_shared(
+            is_leader=leads, by_name=self._is_shared_out, needs_names=self._ranks.world_size > 1
+        )
         return Snapshot(shared if leads or self._is_shared_out else {}, self._parts.capture_own())
 
     def take(self) -> Staged:

@@ -94,7 +94,8 @@ class Checkpointer:
         TypeError, ValueError: naming the word that is wrong; for a word of another library, ours. The words that
             `CheckpointHook` has too raise the errors of its specification: AssertionError and KeyError as well.
         DirectoryInUse: on all ranks, where another live process saves into the directory.
-        RankFailure: on all ranks, where the directory cannot be written, is a file, or is not seen by all ranks.
+        RankFailure: on all ranks, where the directory cannot be written, is a file, or is not seen by all ranks; or
+            where several write a part each, and parameters of an optimizer are in no module of ``state``.
         RuntimeError: where a launcher started several processes that ``torch.distributed`` does not know of.
     """
 
@@ -158,6 +159,7 @@ class Checkpointer:
         keeping = LabelledKeeping(kept, self._judge)
         self._stager = Stager(snapshot, arena_bytes=arena_bytes, modules=self._parts.modules.values())
         capturing = Capturing(self._parts, chosen, self._stager, ranks)
+        to_leader(ranks, "look at the state", capturing.check)
         to_leader(ranks, "memory for snapshots", lambda: capturing.reserve(size))
         from_leader(ranks, "creation of the directory", store.make_root)
         self._run = Run(

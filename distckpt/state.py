@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import weakref
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -66,13 +66,28 @@ class Parts:
             self._members[id(optimizer)] = [weakref.ref(one) for one in ours], members
         return members
 
-    def capture_shared(self, *, is_leader: bool, by_name: bool = False) -> dict[str, Any]:
+    def require_names(self) -> None:
+        """The parameters of optimizers whose state is known by their names have some, as far as that is known before
+        their state is.
+
+        Raises:
+            TypeError: naming an optimizer that has others.
+        """
+        for name, part in self.shared.items():
+            if isinstance(part, torch.optim.Optimizer) and type(part).state_dict is torch.optim.Optimizer.state_dict:
+                _require_names(name, self.members_in(part))
+
+    def capture_shared(self, *, is_leader: bool, by_name: bool = False, needs_names: bool = False) -> dict[str, Any]:
         """The state of the shared parts: references, no copies. Collective for parts whose ``state_dict`` is.
 
         Keys of modules have no prefixes of wrappers. Nothing is initialised, stepped or changed.
 
         Args:
             by_name: whether the state of optimizers is known by names of parameters, and not by their numbers.
+            needs_names: whether they need some, as other ranks have others: a number says nothing of what it is there.
+
+        Raises:
+            TypeError: where they need some and have none.
         """
         captured = {}
         for name, part in self.shared.items():
@@ -80,9 +95,11 @@ class Parts:
                 part.consolidate_state_dict(0)
                 if not is_leader:
                     continue
-            captured[name] = _state_of(part)
+            state = captured[name] = _state_of(part)
             if by_name and isinstance(part, torch.optim.Optimizer):
-                captured[name] = named(captured[name], part, self.members_in(part))
+                captured[name] = named(state, part, self.members_in(part))
+                if needs_names and captured[name] is not state:
+                    _require_names(name, self.members_in(part))
         return captured
 
     def capture_own(self) -> dict[str, Any]:
@@ -96,6 +113,16 @@ def _state_of(part: Any) -> Any:
         return state
     names = canonical_keys(part, state)
     return {names[key]: value for key, value in state.items()}
+
+
+def _require_names(name: str, members: Sequence[Member]) -> None:
+    if unnamed := [nth for nth, member in enumerate(members) if not member.places]:
+        raise TypeError(
+            f"state[{name!r}] has parameters that are in no module of state ({len(unnamed)} of {len(members)}, the "
+            f"first is number {unnamed[0]}), so that no name says whether other ranks have the same: add the module "
+            "that has them, or a torch.nn.ParameterList of them, to state; where each rank has others, name the "
+            'optimizer in per_rank; where all have the same and none is cut over ranks, format="full" does, too'
+        )
 
 
 def _is_iterable(part: Any) -> bool:
