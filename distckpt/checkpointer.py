@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from distckpt import words
+from distckpt.accelerator_state import is_accelerator
 from distckpt.best import Metric, parse_metrics
 from distckpt.buffers import parse_mode
 from distckpt.capturing import Capturing
@@ -36,6 +37,7 @@ from distckpt.stores.local import LocalStore
 from distckpt.triggers import Triggers
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
     from torch.distributed.checkpoint.planner import SavePlanner
 
 _log = logging.getLogger("distckpt")
@@ -49,8 +51,10 @@ class Checkpointer:
 
     Args:
         out_dir: the run's directory, on a file system that all ranks share. One run, one directory.
-        state: what to save: ``{name: object}``, each with ``state_dict`` and ``load_state_dict``. Random number
-            generators and progress are added. Construct it after wrapping the model (DDP, ``torch.compile``).
+        state: what to save: ``{name: object}``, each with ``state_dict`` and ``load_state_dict``; of a ``DataLoader``
+            without these, how far it is (see `distckpt.loader_position`). Random number generators and progress are
+            added. Construct it after wrapping the model (DDP, ``torch.compile``). Or an ``Accelerator`` of Hugging
+            Face, after its ``prepare()``: everything that it prepared or that was registered with it.
         interval: when to save: a number of steps (of epochs with ``by_epoch``), a duration such as ``"15min"``, or a
             list of these. -1 means never.
         by_epoch: whether a number in ``interval`` and ``save_begin`` counts epochs (`step` with ``epoch_ends=True``).
@@ -102,7 +106,7 @@ class Checkpointer:
     def __init__(
         self,
         out_dir: str | os.PathLike[str],
-        state: Mapping[str, Any],
+        state: Mapping[str, Any] | Accelerator,
         *,
         interval: Interval = -1,
         by_epoch: bool = False,
@@ -150,6 +154,7 @@ class Checkpointer:
         buffers_mode = parse_mode(sync_buffers)
         self._init_from = os.fspath(init_from) if init_from is not None else None
         self._parts = Parts(state, per_rank)
+        self._accelerator: Any = state if is_accelerator(state) else None
 
         store = LocalStore(out_dir, recycles=recycle)
         ranks = detect(timeout)
@@ -230,7 +235,8 @@ class Checkpointer:
         return self._progress.step
 
     def step(self, *, epoch_ends: bool = False) -> None:
-        """One more training step is done; saves if that is due. Every rank, after each optimizer step.
+        """One more training step is done; saves if that is due. Every rank, after each optimizer step. With an
+        ``Accelerator`` it may be called after each batch: where gradients are only accumulated, no step is done.
 
         Args:
             epoch_ends: whether it was the last of its epoch.
@@ -239,6 +245,8 @@ class Checkpointer:
             SaveFailed: on all ranks at the same step, where a save failed since. Training may go on if it is caught.
         """
         self._require_ready()
+        if self._accelerator is not None and not self._accelerator.sync_gradients and not epoch_ends:
+            return
         self._progress, self._metrics = Progress(self._progress.step + 1, self._progress.epoch + epoch_ends), {}
         reported, asked = self._body.end()
         reasons = [*self._triggers.due(self._progress, epoch_ends=epoch_ends), *asked]

@@ -12,8 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from distckpt import rng
+from distckpt.accelerator_state import is_accelerator, prepared_by
+from distckpt.loader_position import LoaderPosition
 from distckpt.optimizers import Member, live_parameters, members_of
 from distckpt.optimizers import by_name as named
 from distckpt.wrappers import canonical_keys
@@ -30,14 +33,21 @@ class Parts:
     """The parts of one training program.
 
     Args:
-        state: the objects, by name.
+        state: the objects, by name, or an ``Accelerator``. Of a ``DataLoader`` its position is taken.
         per_rank: names of the parts that each rank has of its own; ``None`` means those that one can iterate over
             and that are no modules: data loaders and samplers. The others are equal on all ranks.
     """
 
-    def __init__(self, state: Mapping[str, Any], per_rank: Collection[str] | None = None) -> None:
+    def __init__(self, state: Any, per_rank: Collection[str] | None = None) -> None:
+        if is_accelerator(state):
+            prepared = prepared_by(state)
+            state, per_rank = prepared.parts, prepared.own.union(per_rank or ())
         if not isinstance(state, Mapping) or not state:
-            raise TypeError(f"state should be a dict of names and objects with state_dict, is {type(state).__name__}")
+            raise TypeError(
+                "state should be a dict of names and objects with state_dict, or an Accelerator, is "
+                f"{type(state).__name__}"
+            )
+        state = {name: _with_position(part) for name, part in state.items()}
         for name, part in state.items():
             _check_part(name, part)
         _check_optimizers(state)
@@ -125,7 +135,15 @@ def _require_names(name: str, members: Sequence[Member]) -> None:
         )
 
 
+def _with_position(part: Any) -> Any:
+    """``part``, or where it is a data loader that does not know how far it is, what does."""
+    is_loader = isinstance(part, DataLoader) and not hasattr(part, "state_dict")
+    return LoaderPosition(part) if is_loader else part
+
+
 def _is_iterable(part: Any) -> bool:
+    if isinstance(part, LoaderPosition):
+        return True
     return hasattr(type(part), "__iter__") and not isinstance(part, nn.Module)
 
 

@@ -20,9 +20,7 @@ def test_what_is_there_is_fine():
 
 
 def test_what_is_missing_is_named_with_the_extra_that_brings_it():
-    with pytest.raises(
-        ImportError, match=r"nobody-has-this>=1\.0, which is not .*install 'distckpt\[some\]'"
-    ):
+    with pytest.raises(ImportError, match=r"nobody-has-this>=1\.0, which is not .*install 'distckpt\[some\]'"):
         require("nobody-has-this", extra="some", at_least="1.0")
 
 

@@ -57,6 +57,8 @@ HANDS = {
         "foreign",
         "matching",
         "message_hub",
+        "accelerator_state",
+        "loader_position",
         "optimizer_destinations",
         "optimizers",
         "prefixes",

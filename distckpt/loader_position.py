@@ -1,0 +1,253 @@
+"""How far a data loader is in its data, for loaders that cannot tell by themselves."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any, Protocol
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from distckpt import rng
+
+_MOST_AHEAD = 64  # batches that a framework may have fetched before training sees them
+
+
+class Stateful(Protocol):
+    """What tells by itself how far it is."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class LoaderPosition:
+    """A part of a state: how many batches training has seen of a ``DataLoader``, and by which random numbers they came.
+    Each rank has its own.
+
+    After `load_state_dict` the next iteration of the loader goes on behind the last batch that was seen, in the order
+    that the loader drew then; it reads none of those before, but for an ``IterableDataset``. The random numbers that
+    this draws, and those that fetching ahead does, are drawn as they were then, and training's go on as they would
+    have. Not so those of random transforms inside of worker processes: these begin anew.
+
+    Args:
+        loader: it goes on as it is, and counts from now on. One position for each.
+        ahead: how many of the batches that were fetched training has not seen. A loop that asks whether there is one
+            more has fetched it.
+        epoch: the number of the epoch that is beginning, where somebody else counts them.
+        inner: what tells by itself how far it is: then nothing is skipped here.
+    """
+
+    def __init__(
+        self,
+        loader: DataLoader[Any],
+        *,
+        ahead: Callable[[], int] | None = None,
+        epoch: Callable[[], int] | None = None,
+        inner: Stateful | None = None,
+    ) -> None:
+        self._loader = loader
+        self._ahead = ahead
+        self._begun = 0
+        self._epoch = epoch if epoch is not None else lambda: self._begun
+        self._inner = inner
+        self._running: _Counted | None = None
+        self._resumed: Mapping[str, Any] | None = None
+        previous = getattr(loader._get_iterator, "__self__", None)
+        self._make: Callable[[], Any] = getattr(previous, "_make", loader._get_iterator)
+        loader.__dict__["_get_iterator"] = self._iterator  # what DataLoader.__iter__ asks for one
+
+    def state_dict(self) -> dict[str, Any]:
+        """``epoch`` and ``batches``: how many were seen of that one, 0 where it has not begun. ``start`` and
+        ``fetched``: the random numbers that it began with, and those that each batch was fetched with that was not
+        seen."""
+        if self._resumed is not None:
+            return dict(self._resumed)  # nobody has iterated since
+        told: dict[str, Any] = {} if self._inner is None else {"inner": self._inner.state_dict()}
+        running, ahead = self._running, self._ahead() if self._ahead is not None else 0
+        seen = max(running.count - ahead, 0) if running is not None else 0
+        if running is None or not seen or self._is_all(running, seen):
+            epoch = self._epoch() if running is None else running.epoch + bool(seen)
+            return told | {"epoch": epoch, "batches": 0, "start": {"own": self._own_states()}}
+        fetched = list(running.before)[-ahead:] if ahead else []
+        return told | {"epoch": running.epoch, "batches": seen, "start": running.start, "fetched": fetched}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See the class."""
+        self._running = None
+        self._loader._iterator = None  # of workers that live on
+        self._set_own_states(state["start"]["own"])
+        self._resumed = state if state["batches"] else None
+        self._begun = state["epoch"] + bool(state["batches"])
+        if self._inner is not None and "inner" in state:
+            self._inner.load_state_dict(dict(state["inner"]))
+
+    def begin(self, *, is_new: bool = True) -> tuple[dict[str, Any], int]:
+        """What the order of an epoch is drawn from that begins now, and its number.
+
+        Args:
+            is_new: whether an iterator is made for it, which draws, too.
+        """
+        start, epoch = {**rng.capture(host_only=True), "own": self._own_states(), "is_new": is_new}, self._epoch()
+        self._begun = epoch + 1
+        return start, epoch
+
+    def _is_all(self, running: _Counted, seen: int) -> bool:
+        if running.is_exhausted:
+            return seen == running.count
+        return not isinstance(self._loader.dataset, IterableDataset) and seen == len(self._loader)
+
+    def _iterator(self) -> _Counted:
+        """In the place of ``DataLoader._get_iterator``."""
+        resumed, self._resumed = self._resumed, None
+        if resumed is None:
+            start, epoch = self.begin()
+            self._running = _Counted(self, self._make(), start, epoch, is_watched=self._ahead is not None)
+            return self._running
+        start = resumed["start"]
+        kept = rng.capture(host_only=True)
+        self._draw_as(start)
+        try:
+            made = self._make() if self._inner is not None else self._behind(resumed["batches"], start)
+        finally:
+            rng.apply(kept)
+        self._running = _Counted(self, made, start, resumed["epoch"], is_watched=self._ahead is not None)
+        self._running.count = resumed["batches"]
+        self._running.replayed.extend(resumed["fetched"])
+        return self._running
+
+    def _behind(self, count: int, start: Mapping[str, Any]) -> Any:
+        """An iterator that has so many batches behind it."""
+        if isinstance(self._loader.dataset, IterableDataset):
+            made = self._make()
+            for _ in islice(made, count):
+                pass
+            return made
+        name = "batch_sampler" if self._loader.batch_sampler is not None else "sampler"
+        whole = getattr(self._loader, name)
+        behind = _Behind(whole, count, (lambda: None) if start["is_new"] else lambda: self._draw_as(start))
+        self._loader.__dict__[name] = behind  # a loader refuses to be given another
+        try:
+            made = self._make()
+        finally:
+            self._loader.__dict__[name] = whole
+        behind.catch_up()
+        return made
+
+    def _draw_as(self, start: Mapping[str, Any]) -> None:
+        rng.apply(start)
+        self._set_own_states(start["own"])
+
+    def _own_states(self) -> list[bytes]:
+        return [one.get_state().numpy().tobytes() for one in self._own_generators()]
+
+    def _set_own_states(self, states: Sequence[bytes]) -> None:
+        for one, told in zip(self._own_generators(), states, strict=True):
+            one.set_state(torch.frombuffer(bytearray(told), dtype=torch.uint8))
+
+    def _own_generators(self) -> list[torch.Generator]:
+        """Those of the loader and its samplers."""
+        found: dict[int, torch.Generator] = {}
+        inside: list[Any] = [self._loader]
+        for one in inside:
+            if isinstance(generator := getattr(one, "generator", None), torch.Generator):
+                found[id(generator)] = generator
+            samplers = (getattr(one, name, None) for name in ("batch_sampler", "sampler"))
+            inside += [sampler for sampler in samplers if sampler is not None]
+        return list(found.values())
+
+
+class _Counted:
+    """An iterator of a loader, which counts.
+
+    Attributes:
+        start, epoch: what it began with.
+        count: how many batches it gave, with those that lay behind it from its start.
+        before: the random numbers that each of the last was fetched with.
+        replayed: those that the next ones are to be fetched with.
+    """
+
+    def __init__(
+        self, position: LoaderPosition, iterator: Any, start: Mapping[str, Any], epoch: int, *, is_watched: bool
+    ) -> None:
+        self._position = position
+        self._iterator = iterator
+        self._is_watched = is_watched
+        self.start, self.epoch = start, epoch
+        self.count = 0
+        self.is_exhausted = False
+        self.before: deque[Mapping[str, Any]] = deque(maxlen=_MOST_AHEAD)
+        self.replayed: deque[Mapping[str, Any]] = deque()
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        if not self.replayed:
+            if self._is_watched:
+                self.before.append(rng.capture(host_only=True))
+            return self._fetch()
+        kept = rng.capture(host_only=True)
+        self.before.append(self.replayed.popleft())
+        rng.apply(self.before[-1])
+        try:
+            return self._fetch()
+        finally:
+            rng.apply(kept)
+
+    def __len__(self) -> int:
+        return len(self._iterator)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._iterator, name)
+
+    def _fetch(self) -> Any:
+        try:
+            batch = next(self._iterator)
+        except StopIteration:
+            self.is_exhausted = True
+            raise
+        self.count += 1
+        return batch
+
+    def _reset(self, loader: Any) -> None:
+        """Workers that live on begin another epoch."""
+        self.start, self.epoch = self._position.begin(is_new=False)
+        self._iterator._reset(loader)
+        self.count, self.is_exhausted = 0, False
+        self.before.clear()
+
+
+class _Behind:
+    """A sampler that has, the first time that it is asked for one, so many of its indexes behind it, drawn after
+    ``prepare``."""
+
+    def __init__(self, sampler: Any, count: int, prepare: Callable[[], object]) -> None:
+        self._sampler = sampler
+        self._count = count
+        self._prepare = prepare
+        self._indexes: Iterator[Any] = iter(())
+
+    def catch_up(self) -> None:
+        """They were drawn. Not sooner, or an iterator would not have drawn by then what comes before."""
+        if self._count:
+            self._prepare()
+        for _ in range(self._count):
+            next(self._indexes, None)
+        self._count = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self._indexes = iter(self._sampler)
+        return self
+
+    def __next__(self) -> Any:
+        self.catch_up()
+        return next(self._indexes)
+
+    def __len__(self) -> int:
+        return len(self._sampler)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sampler, name)
