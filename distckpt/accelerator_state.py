@@ -6,6 +6,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from torch.utils.data import IterableDataset
+
 from distckpt.extras import require
 from distckpt.loader_position import LoaderPosition
 
@@ -68,10 +70,14 @@ class _PreparedLoader:
         # Where one process reads for all, it fetches a batch for each.
         is_read_for_all = hasattr(loader, "_fetch_batches") and not loader.split_batches
         self._looks_ahead = accelerator.num_processes if is_read_for_all else 1
-        is_stateful = hasattr(loader.base_dataloader, "state_dict")
+        # What knows where it is itself is asked; else the random numbers that an order is drawn from matter, too.
+        base = loader.base_dataloader
+        is_stateful = hasattr(base, "state_dict") and (
+            isinstance(base.dataset, IterableDataset) or hasattr(base.dataset, "state_dict")
+        )
         self._position = LoaderPosition(
-            loader.base_dataloader,
-            ahead=lambda: 0 if loader.end_of_dataloader else self._looks_ahead,
+            base,
+            ahead=lambda: None if loader.end_of_dataloader else self._looks_ahead,
             epoch=lambda: int(loader.iteration),
             inner=loader if is_stateful else None,
         )

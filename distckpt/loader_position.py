@@ -34,8 +34,8 @@ class LoaderPosition:
 
     Args:
         loader: it goes on as it is, and counts from now on. One position for each.
-        ahead: how many of the batches that were fetched training has not seen. A loop that asks whether there is one
-            more has fetched it.
+        ahead: how many of the batches that were fetched training has not seen, as a loop that asks whether there is one
+            more has fetched it; ``None`` where it has seen all of the epoch. Without, it has seen what was fetched.
         epoch: the number of the epoch that is beginning, where somebody else counts them.
         inner: what tells by itself how far it is: then nothing is skipped here.
     """
@@ -44,7 +44,7 @@ class LoaderPosition:
         self,
         loader: DataLoader[Any],
         *,
-        ahead: Callable[[], int] | None = None,
+        ahead: Callable[[], int | None] | None = None,
         epoch: Callable[[], int] | None = None,
         inner: Stateful | None = None,
     ) -> None:
@@ -58,29 +58,32 @@ class LoaderPosition:
         previous = getattr(loader._get_iterator, "__self__", None)
         self._make: Callable[[], Any] = getattr(previous, "_make", loader._get_iterator)
         loader.__dict__["_get_iterator"] = self._iterator  # what DataLoader.__iter__ asks for one
+        if getattr(
+            loader, "_initial_iter_for_state_dict", False
+        ):  # a StatefulDataLoader that was asked has one already
+            loader.load_state_dict({})  # type: ignore[attr-defined]
 
     def state_dict(self) -> dict[str, Any]:
-        """``epoch`` and ``batches``: how many were seen of that one, 0 where it has not begun. ``start`` and
-        ``fetched``: the random numbers that it began with, and those that each batch was fetched with that was not
-        seen."""
+        """``epoch``, whether it ``is_begun``, and how many ``batches`` of it were seen. ``start`` and ``fetched``: the
+        random numbers that it began with, and those that each batch was fetched with that was not seen."""
         if self._resumed is not None:
             return dict(self._resumed)  # nobody has iterated since
         told: dict[str, Any] = {} if self._inner is None else {"inner": self._inner.state_dict()}
-        running, ahead = self._running, self._ahead() if self._ahead is not None else 0
-        seen = max(running.count - ahead, 0) if running is not None else 0
-        if running is None or not seen or self._is_all(running, seen):
-            epoch = self._epoch() if running is None else running.epoch + bool(seen)
-            return told | {"epoch": epoch, "batches": 0, "start": {"own": self._own_states()}}
-        fetched = list(running.before)[-ahead:] if ahead else []
-        return told | {"epoch": running.epoch, "batches": seen, "start": running.start, "fetched": fetched}
+        running = self._running
+        ahead = self._unseen(running) if running is not None else None
+        if running is None or ahead is None:
+            epoch = self._epoch() if running is None else running.epoch + 1
+            return told | {"epoch": epoch, "is_begun": False, "start": {"own": self._own_states()}}
+        told |= {"epoch": running.epoch, "is_begun": True, "batches": max(running.count - ahead, 0)}
+        return told | {"start": running.start, "fetched": list(running.before)[-ahead:] if ahead else []}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See the class."""
         self._running = None
         self._loader._iterator = None  # of workers that live on
         self._set_own_states(state["start"]["own"])
-        self._resumed = state if state["batches"] else None
-        self._begun = state["epoch"] + bool(state["batches"])
+        self._resumed = state if state["is_begun"] else None
+        self._begun = state["epoch"] + state["is_begun"]
         if self._inner is not None and "inner" in state:
             self._inner.load_state_dict(dict(state["inner"]))
 
@@ -94,10 +97,12 @@ class LoaderPosition:
         self._begun = epoch + 1
         return start, epoch
 
-    def _is_all(self, running: _Counted, seen: int) -> bool:
-        if running.is_exhausted:
-            return seen == running.count
-        return not isinstance(self._loader.dataset, IterableDataset) and seen == len(self._loader)
+    def _unseen(self, running: _Counted) -> int | None:
+        """How many of the batches that were fetched training has not seen; ``None`` where it has seen all."""
+        if self._ahead is not None:
+            return self._ahead()
+        is_sized = not isinstance(self._loader.dataset, IterableDataset)
+        return None if running.is_exhausted or (is_sized and running.count == len(self._loader)) else 0
 
     def _iterator(self) -> _Counted:
         """In the place of ``DataLoader._get_iterator``."""

@@ -78,7 +78,7 @@ class Training:
         self.ahead = ahead
         self.fetched = 0
         self.is_at_end = False
-        words = {"ahead": lambda: 0 if self.is_at_end else min(ahead, self.fetched)} if ahead else {}
+        words = {"ahead": lambda: None if self.is_at_end else min(ahead, self.fetched)} if ahead else {}
         self.position = LoaderPosition(made, **words)
 
     def steps(self) -> Iterator[list[float]]:
@@ -162,7 +162,7 @@ def test_what_lies_behind_is_not_read():
 
     read: list[int] = []
     position = LoaderPosition(DataLoader(Watched(), batch_size=BATCH))
-    position.load_state_dict({"epoch": 0, "batches": 3, "start": position.begin()[0], "fetched": []})
+    position.load_state_dict({"epoch": 0, "is_begun": True, "batches": 3, "start": position.begin()[0], "fetched": []})
     list(position._loader)
     assert read == list(range(12, SIZE))
 
@@ -211,7 +211,7 @@ def test_another_position_takes_the_place_of_the_first():
     made = loader()
     LoaderPosition(made)
     position = LoaderPosition(made)
-    position.load_state_dict({"epoch": 0, "batches": 3, "start": position.begin()[0], "fetched": []})
+    position.load_state_dict({"epoch": 0, "is_begun": True, "batches": 3, "start": position.begin()[0], "fetched": []})
     assert len(list(made)) == 3
 
 
@@ -223,7 +223,7 @@ def test_the_numbers_of_epochs_are_those_that_somebody_counts():
     next(batches)
     assert (position.state_dict()["epoch"], position.state_dict()["batches"]) == (7, 1)
     list(batches)
-    assert position.state_dict() == {"epoch": 8, "batches": 0, "start": {"own": []}}
+    assert position.state_dict() == {"epoch": 8, "is_begun": False, "start": {"own": []}}
 
 
 def test_where_nobody_does_they_are_counted():
