@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.state import AcceleratorState, DistributedType, GradientState, PartialState
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import distckpt
+from distckpt.accelerator_state import prepared_by
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -135,3 +139,126 @@ def test_a_killed_run_ends_as_one_that_was_not(run_ranks, tmp_path, program, wor
     for one, other in zip(whole, resumed, strict=True):
         assert len(other["losses"]) == TOTAL - 10
         assert_same(one, other)
+
+
+# What is taken
+
+
+@pytest.fixture
+def accelerator(monkeypatch):
+    launch(0, 1)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    yield Accelerator(cpu=True, gradient_accumulation_steps=3)
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+def test_everything_that_was_prepared_or_registered_is_taken(accelerator):
+    models = [nn.Linear(2, 2), nn.Linear(2, 3)]
+    optimizers = [torch.optim.SGD(model.parameters(), 0.1) for model in models]
+    loaders = [DataLoader(Noisy(), batch_size=BATCH) for _ in range(2)]
+    schedulers = [torch.optim.lr_scheduler.ConstantLR(one) for one in optimizers]
+    accelerator.prepare(*models, *optimizers, *loaders, *schedulers)
+    accelerator.register_for_checkpointing(Average(models[0]))
+    parts, own = prepared_by(accelerator)
+    names = ("model", "optimizer", "scheduler", "loader")
+    assert list(parts) == [one for name in names for one in (name, f"{name}_1")] + ["custom"]
+    assert own == {"loader", "loader_1"}
+    assert parts["model_1"] is models[1] and parts["optimizer_1"] is optimizers[1]
+
+
+def test_a_step_is_done_where_gradients_are_synchronised(accelerator, tmp_path):
+    model, optimizer = accelerator.prepare(model := nn.Linear(5, 1), torch.optim.SGD(model.parameters(), 0.1))
+    with distckpt.Checkpointer(tmp_path, accelerator) as ckpt:
+        for _ in range(7):
+            with accelerator.accumulate(model):
+                accelerator.backward(model(torch.ones(1, 5)).sum())
+                optimizer.step()
+                optimizer.zero_grad()
+            ckpt.step()
+        ckpt.save("asked", wait=True)
+        assert ckpt.latest.progress.step == 2
+
+
+def test_a_stream_goes_on_where_it_was(accelerator):
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(range(SIZE))
+
+    def prepared() -> tuple[Any, Any]:
+        accelerator._dataloaders.clear()
+        loader = accelerator.prepare(DataLoader(Stream(), batch_size=BATCH))
+        accelerator._models[:] = [nn.Linear(1, 1)]
+        return loader, prepared_by(accelerator).parts["loader"]
+
+    loader, position = prepared()
+    batches = iter(loader)
+    seen = [next(batches).tolist() for _ in range(5)]
+    told = position.state_dict()
+    rest = [batch.tolist() for batch in batches]
+    resumed, position = prepared()
+    position.load_state_dict(told)
+    assert [batch.tolist() for batch in resumed] == rest
+    assert [batch.tolist() for batch in resumed] == seen + rest
+
+
+def test_weights_of_save_state_are_what_a_run_may_start_from(accelerator, tmp_path):
+    model, optimizer = accelerator.prepare(model := nn.Linear(5, 2), torch.optim.AdamW(model.parameters()))
+    model(torch.ones(1, 5)).sum().backward()
+    optimizer.step()
+    accelerator.save_state(tmp_path / "stock")
+    before = model.weight.detach().clone()
+    with torch.no_grad():
+        model.weight.zero_()
+    with distckpt.Checkpointer(tmp_path / "run", accelerator, init_from=tmp_path / "stock") as ckpt:
+        assert ckpt.resume() == 0
+    assert torch.equal(model.weight, before)
+
+
+# What is refused
+
+
+def test_an_accelerator_that_has_prepared_nothing_is_refused(accelerator, tmp_path):
+    with pytest.raises(ValueError, match=r"has no model yet: call accelerator\.prepare\(\) before"):
+        distckpt.Checkpointer(tmp_path, accelerator)
+
+
+@pytest.mark.parametrize("kind", ["DEEPSPEED", "MEGATRON_LM", "XLA"])
+def test_what_keeps_its_state_to_itself_is_refused(accelerator, tmp_path, monkeypatch, kind):
+    accelerator.prepare(nn.Linear(2, 2))
+    monkeypatch.setattr(type(accelerator), "distributed_type", DistributedType[kind])
+    with pytest.raises(TypeError, match=r"this Accelerator cannot be saved, .* accelerator\.save_state\(\)"):
+        distckpt.Checkpointer(tmp_path, accelerator)
+
+
+def test_an_older_version_is_refused_by_name(accelerator, tmp_path, monkeypatch):
+    accelerator.prepare(nn.Linear(2, 2))
+    monkeypatch.setattr("importlib.metadata.version", lambda _: "1.14.9")
+    with pytest.raises(ImportError, match=r"needs accelerate>=1\.15, and 1\.14\.9 is installed: pip install 'distckpt"):
+        distckpt.Checkpointer(tmp_path, accelerator)
+
+
+# The example
+
+
+def test_the_example_goes_on_after_each_kill(tmp_path):
+    script = Path(__file__).parents[2] / "scripts" / "examples" / "accelerate_loop.py"
+
+    def run(folder: str) -> subprocess.CompletedProcess[str]:
+        words = [sys.executable, str(script), "--out", str(tmp_path / folder)]
+        return subprocess.run(words, capture_output=True, text=True, timeout=100)
+
+    whole = run("whole").stdout
+    assert whole.startswith("step 60, and weights that sum up to")
+    killed = subprocess.Popen(
+        [sys.executable, str(script), "--out", str(tmp_path / "run")], stderr=subprocess.PIPE, text=True
+    )
+    for line in killed.stderr:
+        if line.startswith("saved step-00000030"):
+            killed.kill()
+            break
+    killed.communicate()
+    again = run("run")
+    assert "resumed step-000000" in again.stderr
+    assert again.stdout == whole
