@@ -1,0 +1,65 @@
+"""The examples, run as people run them: killed in the middle, they end as if they had not been."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "scripts" / "examples"
+PYTHON = [sys.executable]
+TWO_RANKS = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+COMMANDS = {"accelerate_loop": PYTHON, "ddp_loop": TWO_RANKS, "fsdp2_loop": TWO_RANKS}
+
+pytestmark = pytest.mark.timeout(240)
+
+
+def start(name: str, folder: Path) -> subprocess.Popen[str]:
+    words = [*COMMANDS[name], str(EXAMPLES / f"{name}.py"), "--out", str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
+
+
+def run(name: str, folder: Path) -> tuple[str, str]:
+    """Its last line, and its log."""
+    process = start(name, folder)
+    said, told = process.communicate(timeout=100)
+    assert process.returncode == 0, told
+    return said.splitlines()[-1], told
+
+
+def test_each_is_run():
+    assert {path.stem for path in EXAMPLES.glob("*_loop.py")} == set(COMMANDS)
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_none_is_long(path):
+    assert len(path.read_text().splitlines()) < 80
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_one_that_is_killed_ends_as_if_it_had_not_been(tmp_path, name):
+    whole, _ = run(name, tmp_path / "whole")
+    killed = start(name, tmp_path / "run")
+    for line in killed.stderr:
+        if line.startswith("saved step-00000030"):
+            for pid in [*children(killed.pid), killed.pid]:
+                os.kill(pid, signal.SIGKILL)
+            break
+    killed.communicate()
+    again, told = run(name, tmp_path / "run")
+    assert re.search("resumed step-000000[345]0", told)
+    assert again == whole
+
+
+def children(pid: int) -> list[int]:
+    """torchrun starts its ranks in sessions of their own."""
+    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False).stdout
+    return [int(word) for word in found.split()]
