@@ -22,6 +22,9 @@ _log = logging.getLogger("distckpt")
 
 _PATIENCE_SECONDS = 0.5
 
+# What the leader announces last.
+_END = "end"
+
 
 @dataclass(frozen=True)
 class Request:
@@ -44,7 +47,7 @@ class Requests:
         self._asked: deque[Request] = deque()
         self._named: deque[tuple[Request, int, int | None]] = deque()  # request, boundary named here, agreed
         self._boundary = 0
-        self._closed = False
+        self._closing = threading.Event()
         self._failure: RankFailure | None = None
         self._thread = threading.Thread(target=self._listen, name="distckpt-requests", daemon=True)
         if ranks.world_size > 1:
@@ -85,9 +88,13 @@ class Requests:
         raise failure
 
     def close(self) -> None:
-        """Nothing is asked any more. Safe to call twice."""
+        """Nothing is asked any more. Safe to call twice.
+
+        Other ranks wait a moment for the word that the leader says last: it may have asked for something just before,
+        and waits until all have answered.
+        """
         with self._changed:
-            self._closed = True
+            self._closing.set()
             self._changed.notify_all()
         if self._thread.is_alive():
             self._thread.join(2 * _PATIENCE_SECONDS + 1)
@@ -97,7 +104,7 @@ class Requests:
         first = self._named[0]
         # The exchange in the listener has a deadline of its own; this one only guards against its death.
         self._changed.wait_for(
-            lambda: self._closed or not self._named or self._named[0] is not first,
+            lambda: self._closing.is_set() or not self._named or self._named[0] is not first,
             3 * self._timeout.total_seconds() + 10,
         )
         return not self._named or self._named[0] is not first
@@ -111,20 +118,25 @@ class Requests:
                 self._fail(failure)
 
     def _next(self) -> Json | None:
-        if not is_leader(self._ranks):
-            while not self._closed:
-                told = self._ranks.listen(_PATIENCE_SECONDS)
-                if told is not None:
-                    return told
-            return None
+        return self._next_asked() if is_leader(self._ranks) else self._next_heard()
+
+    def _next_asked(self) -> Json | None:
         with self._changed:
-            self._changed.wait_for(lambda: self._asked or self._closed)
-            if self._closed:
-                return None
-            request = self._asked.popleft()
-        told = {"what": request.what, "why": request.why}
-        self._ranks.announce(told)
+            self._changed.wait_for(lambda: self._asked or self._closing.is_set())
+            request = None if self._closing.is_set() else self._asked.popleft()
+        told = None if request is None else {"what": request.what, "why": request.why}
+        self._ranks.announce(_END if told is None else told)
         return told
+
+    def _next_heard(self) -> Json | None:
+        while (told := self._ranks.listen(_PATIENCE_SECONDS, self._closing)) is None:
+            if self._closing.is_set():
+                return None
+        if told != _END:
+            return told
+        while not self._closing.wait(_PATIENCE_SECONDS):
+            self._ranks.listen(0)  # raises where the leader's process has ended, while this one goes on
+        return None
 
     def _agree(self, request: Request) -> None:
         with self._changed:
@@ -142,7 +154,7 @@ class Requests:
             self._changed.notify_all()
 
     def _fail(self, failure: RankFailure) -> None:
-        if not self._closed:
+        if not self._closing.is_set():
             self._failure = self._failure or failure
         self._changed.notify_all()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -14,7 +14,8 @@ import pytest
 from distckpt.agreeing import Request, Requests, Stopwatch
 from distckpt.errors import RankFailure
 from distckpt.ranks import Ranks, Solo, Summary
-from distckpt.testing import on_threads, thread_ranks
+from distckpt.ranks.board import BoardRanks
+from distckpt.testing import MemoryBoard, on_threads, thread_ranks
 
 SOON = timedelta(seconds=10)
 BOUNDARIES = 1000
@@ -166,9 +167,60 @@ def test_what_is_asked_at_the_end_is_not_waited_for():
     began = time.monotonic()
     with leader._changed:  # so that the listener sees both at once
         leader.ask(Request("save", "asked"))
-        leader._closed = True
+        leader._closing.set()
     leader.close()
     assert time.monotonic() - began < 1
+
+
+@pytest.mark.parametrize("is_leader_first", [True, False])
+def test_close_waits_for_no_listener_however_patient_it_is(monkeypatch, is_leader_first):
+    monkeypatch.setattr("distckpt.agreeing._PATIENCE_SECONDS", 60)
+    is_begun = threading.Event()
+
+    def close(ranks: Ranks) -> None:
+        requests = Requests(ranks, SOON)
+        if (ranks.rank == 0) is not is_leader_first:
+            assert is_begun.wait(20)
+            threading.Event().wait(0.1)  # the others are closing, or have closed
+        is_begun.set()
+        requests.close()
+
+    assert on_threads(thread_ranks(3), close, seconds=20) == [None] * 3
+
+
+def test_what_the_leader_asks_before_it_closes_is_answered_by_ranks_that_close_already(monkeypatch):
+    monkeypatch.setattr("distckpt.agreeing._PATIENCE_SECONDS", 20)
+    leader, other = (Requests(ranks, SOON) for ranks in thread_ranks(2))
+    closing = threading.Thread(target=other.close)
+    closing.start()
+    assert other._closing.wait(20)
+    threading.Event().wait(0.1)
+    leader.ask(Request("save", "asked"))
+    assert next_due(leader, 0)[1] == [Request("save", "asked")]
+    leader.close()
+    closing.join(20)
+    assert not closing.is_alive()
+
+
+class Frail(MemoryBoard):
+    is_gone = False
+
+    def look(self, keys: Sequence[str]) -> Sequence[str] | None:
+        if self.is_gone:
+            raise ConnectionError("no route to the board")
+        return super().look(keys)
+
+
+def test_a_rank_that_goes_on_after_the_leader_has_closed_learns_that_it_is_gone(monkeypatch):
+    monkeypatch.setattr("distckpt.agreeing._PATIENCE_SECONDS", 0.02)
+    board = Frail()
+    leader, other = (Requests(BoardRanks(board, rank, 2, name="test", timeout=SOON), SOON) for rank in range(2))
+    leader.close()
+    while other._ranks._told == 0:  # type: ignore[attr-defined]
+        assert other.due(1) == []
+    board.is_gone = True
+    assert "its store is gone" in next_due(other, 1)[1]
+    other.close()
 
 
 def test_close_ends_the_thread_of_every_rank():

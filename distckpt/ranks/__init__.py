@@ -60,8 +60,9 @@ class Ranks(Protocol):
         """The leader's ``value``. Collective; the leader does not wait for the others."""
         ...
 
-    def listen(self, patience_seconds: float) -> Json | None:
-        """What the leader announced next, or ``None`` if it was nothing for so long. Not for the leader."""
+    def listen(self, patience_seconds: float, hurried: threading.Event | None = None) -> Json | None:
+        """What the leader announced next, or ``None`` if it was nothing for so long. From when ``hurried`` is set, it
+        is heard as soon as any other word, for so long again. Not for the leader."""
         ...
 
     def announce(self, value: Json) -> None:
@@ -95,7 +96,7 @@ class Solo:
     def broadcast(self, during: str, value: Json) -> Json:
         return value
 
-    def listen(self, patience_seconds: float) -> Json | None:
+    def listen(self, patience_seconds: float, hurried: threading.Event | None = None) -> Json | None:
         return None
 
     def announce(self, value: Json) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -108,14 +109,18 @@ class BoardRanks:
             self._post(f"{self._name}/read/{self.rank}", str(self._round), during)
         return self._read(answer, during)
 
-    def listen(self, patience_seconds: float) -> Json | None:
-        key = f"{self._name}/told/{self._told + 1}"
+    def listen(self, patience_seconds: float, hurried: threading.Event | None = None) -> Json | None:
+        keys = [f"{self._name}/told/{self._told + 1}"]
+        hurried = hurried or threading.Event()
         pause = max(0.05, self.world_size / _IDLE_LOOKS_PER_SECOND)
         deadline = time.monotonic() + patience_seconds
-        while (found := self._look([key], "listen")) is None:
-            if time.monotonic() >= deadline:
-                return None
-            time.sleep(min(pause, patience_seconds))
+        found: Sequence[str | None] | None
+        while (found := self._look(keys, "listen")) is None and (left := deadline - time.monotonic()) > 0:
+            if hurried.wait(min(pause, left)):
+                found = self._await(keys, "listen", patience_seconds)
+                break
+        if found is None or found[0] is None:
+            return None
         self._told += 1
         return json.loads(found[0])
 

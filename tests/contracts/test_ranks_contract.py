@@ -72,6 +72,19 @@ def test_who_listens_in_vain_is_told_so(job):
     assert job(lambda ranks: None if is_leader(ranks) else ranks.listen(0.01)) == [None] * job.world_size
 
 
+def test_who_is_hurried_waits_as_long_from_then_on_and_hears_what_is_announced_meanwhile(job):
+    hurried = threading.Event()
+    hurried.set()
+
+    def talk(ranks):
+        if is_leader(ranks):
+            threading.Event().wait(0.1)
+            return ranks.announce("late")
+        return [ranks.listen(20, hurried), ranks.listen(0.01, hurried)]
+
+    assert job(talk) == [None] + [["late", None]] * (job.world_size - 1)
+
+
 def test_closing_twice_is_safe(job):
     assert job(lambda ranks: [ranks.close(), ranks.close()]) == [[None, None]] * job.world_size
 

@@ -249,3 +249,17 @@ def test_what_the_ranks_of_one_name_say_is_not_heard_by_those_of_another(board):
         return [ranks.exchange("talk", 1), other.exchange("talk", 2), ranks.fork("aside").exchange("talk", 3)]
 
     assert on_threads(ranks_on(board, 2), talk) == [[[1, 1], [2, 2], [3, 3]]] * 2
+
+
+def test_who_is_hurried_among_many_does_not_sleep_until_its_turn_to_look(board):
+    leader, other = (BoardRanks(board, rank, 200_000, name="test", timeout=LONG) for rank in range(2))
+    hurried = threading.Event()
+    heard = []
+    listening = threading.Thread(target=lambda: heard.append(other.listen(60, hurried)), daemon=True)
+    listening.start()
+    while not board.looked:
+        threading.Event().wait(0.001)
+    leader.announce("word")
+    hurried.set()
+    listening.join(20)  # idle, so many look every 40 s
+    assert heard == ["word"]
