@@ -13,7 +13,9 @@ import distckpt
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-QUICK_START, OWN_LOOP, PLAIN_READING, EXPORTS, SHARDED, MMENGINE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+(QUICK_START, OWN_LOOP, PLAIN_READING, EXPORTS, SHARDED, ACCELERATE, MMENGINE) = re.findall(
+    r"```python\n(.*?)```", README, re.DOTALL
+)
 SHORT_START = QUICK_START.replace("10_000", "2_000")
 
 
@@ -100,6 +102,18 @@ def test_what_was_saved_is_exported_for_others(names):
     state = {"model": {"weight": torch.zeros(1, 2)}}
     torch.distributed.checkpoint.load(state, checkpoint_id="gpt-dcp", no_dist=True)
     assert torch.equal(state["model"]["weight"], trained)
+
+
+def test_what_an_accelerator_prepared_is_saved(names):
+    names["loader"] = torch.utils.data.DataLoader(torch.randn(32, 2), batch_size=4, shuffle=True)
+    exec("import distckpt\n" + ACCELERATE, names)
+    for batch in names["loader"]:
+        with names["accelerator"].accumulate(names["model"]):
+            names["accelerator"].backward(names["model"](batch).sum())
+            names["optimizer"].step()
+        names["ckpt"].step()
+    names["ckpt"].save("asked", wait=True)
+    assert names["ckpt"].latest.progress.step == 4
 
 
 def test_mmengine_builds_the_hook_from_the_config():
