@@ -20,7 +20,7 @@ from mmengine.evaluator import BaseMetric
 from mmengine.hooks import EMAHook
 from mmengine.logging import HistoryBuffer, MessageHub
 from mmengine.registry import METRICS
-from mmengine.runner import Runner
+from mmengine.runner import FlexibleRunner, Runner
 from mmengine.testing import RunnerTestCase
 
 from distckpt import CheckpointHook
@@ -75,8 +75,9 @@ def build(
     resume: bool = False,
     custom_hooks: Sequence[dict[str, Any]] = (),
     scheduler: dict[str, Any] | None = None,
+    kind: type[Any] = Runner,
     **words: Any,
-) -> Runner:
+) -> Any:
     """A runner with the hook, whose validations go on in the curve from ``start``, and fail at ``fails_at``."""
     by_epoch = words.setdefault("by_epoch", True)
     cfg = Config((case.epoch_based_cfg if by_epoch else case.iter_based_cfg).to_dict())
@@ -88,7 +89,11 @@ def build(
     cfg.custom_hooks = list(custom_hooks)
     cfg.resume = resume
     cfg.default_hooks = dict(checkpoint=dict(type="distckpt.CheckpointHook", **words))
-    return case.build_runner(cfg)
+    if kind is FlexibleRunner:
+        cfg.env_cfg = dict()
+        cfg.pop("launcher", None)
+    cfg.experiment_name = case.experiment_name
+    return kind.from_cfg(cfg)
 
 
 def hook_of(runner: Runner) -> CheckpointHook:
@@ -162,13 +167,14 @@ def test_the_runner_resumes_without_being_told_to_unpickle(case):
     ],
     ids=["StepLR", "OneCycleLR"],
 )
-def test_an_interrupted_run_ends_with_the_weights_of_one_that_was_not(case, scheduler):
+@pytest.mark.parametrize("kind", [Runner, FlexibleRunner])
+def test_an_interrupted_run_ends_with_the_weights_of_one_that_was_not(case, scheduler, kind):
     def weights(runner: Runner) -> dict[str, torch.Tensor]:
         return {key: value.clone() for key, value in runner.model.state_dict().items()}
 
     case.epoch_based_cfg.train_dataloader.sampler.shuffle = False
     case.epoch_based_cfg.randomness = dict(seed=0)
-    words = dict(epochs=4, interval=1, scheduler=scheduler)
+    words = dict(epochs=4, interval=1, scheduler=scheduler, kind=kind)
     whole = build(case, **words)
     whole.train()
     case.clear_work_dir()
