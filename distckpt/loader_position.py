@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from typing import Any, Protocol
 
@@ -145,23 +145,31 @@ class LoaderPosition:
         rng.apply(start)
         self._set_own_states(start["own"])
 
-    def _own_states(self) -> list[bytes]:
-        return [one.get_state().numpy().tobytes() for one in self._own_generators()]
+    def _own_states(self) -> dict[str, bytes]:
+        generators = {place: getattr(one, "generator", None) for place, one in self._holders().items()}
+        return {
+            place: one.get_state().numpy().tobytes()
+            for place, one in generators.items()
+            if isinstance(one, torch.Generator)
+        }
 
-    def _set_own_states(self, states: Sequence[bytes]) -> None:
-        for one, told in zip(self._own_generators(), states, strict=True):
-            one.set_state(torch.frombuffer(bytearray(told), dtype=torch.uint8))
+    def _set_own_states(self, states: Mapping[str, bytes]) -> None:
+        holders = self._holders()
+        for place, told in states.items():
+            if holders[place].generator is None:  # some samplers make theirs when they are iterated over first
+                holders[place].generator = torch.Generator()
+            holders[place].generator.set_state(torch.frombuffer(bytearray(told), dtype=torch.uint8))
 
-    def _own_generators(self) -> list[torch.Generator]:
-        """Those of the loader and its samplers."""
-        found: dict[int, torch.Generator] = {}
-        inside: list[Any] = [self._loader]
-        for one in inside:
-            if isinstance(generator := getattr(one, "generator", None), torch.Generator):
-                found[id(generator)] = generator
-            samplers = (getattr(one, name, None) for name in ("batch_sampler", "sampler"))
-            inside += [sampler for sampler in samplers if sampler is not None]
-        return list(found.values())
+    def _holders(self) -> dict[str, Any]:
+        """What may have a generator of its own, the loader and its samplers, by where they are."""
+        found: dict[str, Any] = {"loader": self._loader}
+        places = [*found]
+        for place in places:
+            for name in ("batch_sampler", "sampler"):
+                if (sampler := getattr(found[place], name, None)) is not None:
+                    found[f"{place}.{name}"] = sampler
+                    places.append(f"{place}.{name}")
+        return found
 
 
 class _Counted:

@@ -45,6 +45,15 @@ class Stream(IterableDataset):
         return iter(range(SIZE))
 
 
+class MakesItsGenerator(RandomSampler):
+    """As Accelerate's does, when it is iterated over first."""
+
+    def __iter__(self) -> Iterator[int]:
+        if self.generator is None:
+            self.generator = own_generator()
+        return super().__iter__()
+
+
 def loader(**words: Any) -> DataLoader:
     return DataLoader(Numbers(), batch_size=BATCH, **words)
 
@@ -58,6 +67,7 @@ LOADERS = {
     "shuffled": lambda: loader(shuffle=True),
     "shuffled by a generator": lambda: loader(shuffle=True, generator=own_generator()),
     "sampler with a generator": lambda: loader(sampler=RandomSampler(range(SIZE), generator=own_generator())),
+    "sampler that makes its generator": lambda: loader(sampler=MakesItsGenerator(range(SIZE))),
     "weighted": lambda: loader(sampler=WeightedRandomSampler([1.0 + n for n in range(SIZE)], SIZE)),
     "distributed": lambda: loader(sampler=DistributedSampler(range(SIZE), num_replicas=2, rank=1)),
     "sampler of batches": lambda: DataLoader(
@@ -223,7 +233,7 @@ def test_the_numbers_of_epochs_are_those_that_somebody_counts():
     next(batches)
     assert (position.state_dict()["epoch"], position.state_dict()["batches"]) == (7, 1)
     list(batches)
-    assert position.state_dict() == {"epoch": 8, "is_begun": False, "start": {"own": []}}
+    assert position.state_dict() == {"epoch": 8, "is_begun": False, "start": {"own": {}}}
 
 
 def test_where_nobody_does_they_are_counted():
