@@ -10,15 +10,15 @@ from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from distckpt import words
+from distckpt import policy, words
 from distckpt.accelerator_state import is_accelerator
 from distckpt.best import Metric, parse_metrics
 from distckpt.buffers import parse_mode
 from distckpt.capturing import Capturing
 from distckpt.catalog import scan
-from distckpt.choosing import FORMATS, choose_format
+from distckpt.choosing import choose_format
 from distckpt.engine.memory import expected_size
-from distckpt.engine.stager import LEAST_ARENA_BYTES, MODES, Mode, Stager
+from distckpt.engine.stager import Mode, Stager
 from distckpt.formats.known import get_format
 from distckpt.judging import Judge
 from distckpt.keeping import LabelledKeeping
@@ -137,16 +137,7 @@ class Checkpointer:
         **unknown: object,
     ) -> None:
         words.refuse_unknown(unknown, inspect.signature(Checkpointer).parameters, "Checkpointer")
-        words.check_flags(by_epoch=by_epoch, save_last=save_last, async_save=async_save, recycle=recycle)
-        words.check_choice("format", format, FORMATS)
-        words.check_choice("when_busy", when_busy, ("wait", "skip"))
-        words.check_choice("snapshot", snapshot, MODES)
-        words.check_bytes("arena_bytes", arena_bytes, least=LEAST_ARENA_BYTES)
-        words.check_count("writers_per_node", writers_per_node)
-        words.check_timeout("timeout", timeout)
-        words.check_directory("out_dir", out_dir)
-        words.check_function("on_event", on_event)
-        words.check_path("init_from", init_from)
+        policy.check({**locals()})
         schedule = Schedule.parse(interval, begin=save_begin)
         self._save_last = save_last
         metrics = parse_metrics(save_best, rule, greater_keys, less_keys)
@@ -234,19 +225,31 @@ class Checkpointer:
         self._is_resumed = True
         return self._progress.step
 
-    def step(self, *, epoch_ends: bool = False) -> None:
+    def start_at(self, step: int, *, epoch: int = 0) -> None:
+        """So many steps, and whole epochs, were done elsewhere: what follows is counted on from there. In the place of
+        `resume`, in a directory without checkpoints. Every rank; not collective."""
+        if self._holds_checkpoints:
+            raise RuntimeError(f"{self._run.store.url} holds checkpoints: resume() goes on from them")
+        self._progress = Progress(step, epoch)
+        self._is_resumed = True
+
+    def step(self, *, epoch_ends: bool = False, metrics: Mapping[str, Any] | None = None) -> None:
         """One more training step is done; saves if that is due. Every rank, after each optimizer step. With an
         ``Accelerator`` it may be called after each batch: where gradients are only accumulated, no step is done.
 
         Args:
             epoch_ends: whether it was the last of its epoch.
+            metrics: those of this step, if there are any: as `report` takes them, but known before it is saved.
 
         Raises:
             SaveFailed: on all ranks at the same step, where a save failed since. Training may go on if it is caught.
+            KeyError, TypeError: as in `report`.
         """
         self._require_ready()
         if self._accelerator is not None and not self._accelerator.sync_gradients and not epoch_ends:
             return
+        if metrics:
+            self._body.report(self._numbers(metrics))
         self._progress, self._metrics = Progress(self._progress.step + 1, self._progress.epoch + epoch_ends), {}
         reported, asked = self._body.end()
         reasons = [*self._triggers.due(self._progress, epoch_ends=epoch_ends), *asked]
@@ -289,11 +292,9 @@ class Checkpointer:
             TypeError: where it is no number.
             SaveFailed: as in `step`.
         """
-        if not isinstance(metrics, Mapping) or not all(isinstance(key, str) for key in metrics):
-            raise TypeError(f"report() takes a dict of names and numbers, got {metrics!r}")
         self._require_ready()
         self._body.require_whole()
-        numbers = self._judge.numbers(metrics)
+        numbers = self._numbers(metrics)
         if self._body.is_open:
             self._body.report(numbers)
             return
@@ -409,6 +410,11 @@ class Checkpointer:
             self._run.close()
         finally:
             self._stager.close()
+
+    def _numbers(self, metrics: Mapping[str, Any]) -> dict[str, float | None]:
+        if not isinstance(metrics, Mapping) or not all(isinstance(key, str) for key in metrics):
+            raise TypeError(f"metrics are a dict of names and numbers, got {metrics!r}")
+        return self._judge.numbers(metrics)
 
     def _is_best(self, numbers: Mapping[str, float | None]) -> bool:
         self._run.collect()  # a save in flight may be the best so far, which its record will say

@@ -120,6 +120,7 @@ def export(
         overwrite: whether an export that is there already is replaced. A folder that is anything else never is.
         max_shard_bytes: for ``"hf"``: how large one file becomes, ``"5GB"`` if nothing is said.
         config_from: for ``"hf"``: a folder the config and tokenizer of which are copied; a ``dtype`` is noted in it.
+            None: the folder ``pretrained`` in the run's directory, if it is there.
 
     Raises:
         NoCheckpoint: where there is none, or none that verifies.
@@ -132,6 +133,8 @@ def export(
     check_choice("to", to, _KINDS)
     check_flags(overwrite=overwrite)
     cast = _dtype_of(dtype)
+    if to == "hf" and part == "model" and config_from is None:
+        config_from = _pretrained_of(checkpoint)
     kind = _kind(to, cast, max_shard_bytes, config_from)
     if part is None and not kind.takes_several:
         raise ValueError(f"part=None, which is all parts, is for to='pth' and to='dcp'; to={to!r} takes one")
@@ -181,6 +184,13 @@ class _Candidate:
         if manifest.progress != self.record.progress:
             raise DamagedCheckpoint(f"{self.name}: its manifest is of step {manifest.progress.step}")
         return manifest
+
+
+def _pretrained_of(checkpoint: Source) -> Path | None:
+    """Where config and tokenizer are, in the directory of the run that ``checkpoint`` is, or is of."""
+    path = Path(checkpoint).resolve()
+    places = (path / layout.PRETRAINED, path.parent / layout.PRETRAINED)
+    return next((place for place in places if (place / "config.json").is_file()), None)
 
 
 def _candidates(checkpoint: Source) -> tuple[list[_Candidate], bool]:

@@ -15,6 +15,9 @@ LOCK = ".lock"
 LATEST = "latest"
 LAST_CHECKPOINT = "last_checkpoint"  # of MMEngine: one line, the path of the file to resume from
 
+# What makes a model of weights, for those who export them: config and tokenizer, as Hugging Face has them.
+PRETRAINED = "pretrained"
+
 # Control files: whoever makes one asks the run for something; it is removed when obeyed.
 SAVE = "SAVE"
 STOP = "STOP"

@@ -337,6 +337,35 @@ def test_a_report_after_the_step_labels_what_is_saved_and_saves_what_is_best(out
     assert labels(out_dir)["best-acc"] == "step-00000004"
 
 
+def test_metrics_that_are_known_before_a_step_is_saved_are_saved_with_it(out_dir):
+    ckpt, tally = start(out_dir, interval=2, save_best="acc", save_last=False)
+    with ckpt:
+        for acc in (0.5, 0.4, 0.6):
+            train(ckpt, tally, 1, metrics={"acc": acc})
+        train(ckpt, tally, 1)
+        ckpt.wait()
+        with pytest.raises(KeyError, match="metric acc was not reported, but loss were"):
+            ckpt.step(metrics={"loss": 1.0})
+    assert saved(out_dir) == {2: ("interval",), 3: ("best",), 4: ("interval",)}
+    assert {one.progress.step: dict(one.metrics) for one in records(out_dir)} == {
+        2: {"acc": 0.4},
+        3: {"acc": 0.6},
+        4: {},
+    }
+
+
+def test_steps_that_were_done_elsewhere_are_counted(out_dir):
+    ckpt, tally = start(out_dir, interval=5)
+    with ckpt:
+        ckpt.start_at(13, epoch=2)
+        train(ckpt, tally, 2)
+    assert saved(out_dir) == {15: ("interval",)}
+    assert records(out_dir)[0].progress.epoch == 2
+    ckpt, _ = start(out_dir)
+    with ckpt, pytest.raises(RuntimeError, match="holds checkpoints: resume"):
+        ckpt.start_at(3)
+
+
 def test_what_was_reported_of_a_step_is_known_of_it_whatever_saves_it_later(out_dir):
     ckpt, tally = start(out_dir, save_best="loss")
     with ckpt:
@@ -412,7 +441,7 @@ def test_a_report_is_judged_by_the_one_before_it_even_while_that_is_being_writte
 @pytest.mark.parametrize("metrics", [3, None, [("loss", 1.0)], {1: 2.0}])
 def test_a_report_is_a_dict_of_names(out_dir, metrics):
     ckpt, _ = start(out_dir)
-    with ckpt, pytest.raises(TypeError, match=r"report\(\) takes a dict of names and numbers"):
+    with ckpt, pytest.raises(TypeError, match=r"metrics are a dict of names and numbers"):
         ckpt.report(metrics)
 
 

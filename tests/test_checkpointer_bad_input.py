@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-from distckpt import Checkpointer, DirectoryInUse, NewerVersion, NoCheckpoint, RankFailure, strict_json
+from distckpt import Checkpointer, DirectoryInUse, NewerVersion, NoCheckpoint, RankFailure, policy, strict_json
 from distckpt.manifest import Record, digest
 
 SOON = timedelta(seconds=10)
@@ -116,6 +116,23 @@ def test_a_wrong_word_is_refused_by_its_name_and_nothing_is_made(out_dir, word, 
         start(out_dir, **more, **{word: value})
     assert type(raised.value) is error
     assert not out_dir.exists()
+
+
+@pytest.mark.parametrize(
+    ("word", "value", "error"),
+    [one for one in WRONG if one[0] not in ("per_rank", "planner")],
+    ids=lambda value: getattr(value, "__name__", repr(value)),
+)
+def test_a_wrong_word_is_known_to_be_before_there_is_a_state(word, value, error):
+    more = {"save_best": "loss"} if word == "rule" else {}
+    with pytest.raises(error, match=word):
+        policy.check_for(Checkpointer, {"out_dir": "run", **more, word: value}, who="Somebody", without=())
+
+
+@pytest.mark.parametrize("word", ["per_rank", "intervall"])
+def test_a_word_that_is_not_for_everybody_is_refused_with_who_was_given_it(word):
+    with pytest.raises(TypeError, match=f"Somebody: {word}: no such word"):
+        policy.check_for(Checkpointer, {"out_dir": "run", word: 1}, who="Somebody", without=("state", "per_rank"))
 
 
 def test_every_word_was_tried():

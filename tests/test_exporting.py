@@ -370,6 +370,18 @@ def test_config_and_tokenizer_are_copied_and_weights_of_others_are_not(tmp_path)
     assert not there["linked.json"].is_symlink() and there["linked.json"].read_text() == "{}"
 
 
+def test_a_config_that_is_in_the_directory_of_the_run_is_copied_if_none_is_named(tmp_path):
+    for folder, text in (("run/pretrained", "{}"), ("other", '{"is": "other"}')):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "config.json").write_text(text)
+    save(tmp_path / "run", "full", model=Holder(weights()))
+    for nth, checkpoint in enumerate(("run", "run/latest", "run/step-00000001")):
+        export(tmp_path / checkpoint, tmp_path / f"hf{nth}", to="hf")
+        assert (tmp_path / f"hf{nth}" / "config.json").read_text() == "{}"
+    export(tmp_path / "run", tmp_path / "named", to="hf", config_from=tmp_path / "other")
+    assert json.loads((tmp_path / "named" / "config.json").read_text()) == {"is": "other"}
+
+
 @pytest.mark.parametrize("make", [lambda place: None, lambda place: place.mkdir(), lambda place: place.touch()])
 def test_a_config_that_is_not_there_is_named(tmp_path, make):
     make(tmp_path / "origin")

@@ -71,7 +71,7 @@ HANDS = {
     *(f"engine.{name}" for name in ENGINE),
 }
 INTRODUCED = {"capturing", "choosing", "exporting", "initialising", "publishing", "hook_words"}
-RESUMING = {"resuming", "saver", "step_body"}
+RESUMING = {"policy", "resuming", "saver", "step_body"}
 RUNS = {"checkpointer", "runner_run"}
 HOOK = {"hook"}
 DOORS = {"testing"}
