@@ -11,8 +11,6 @@ import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from sharded_programs import Holder, mesh_of, running
 from torch import Tensor
-from torch.distributed._shard import sharded_tensor
-from torch.distributed._shard.sharding_spec import ChunkShardingSpec
 from torch.distributed.tensor import DTensor, Partial, Shard
 
 from distckpt import RankFailure
@@ -133,20 +131,6 @@ def refused(rank: int, out: str) -> str:
         with pytest.raises(RankFailure) as raised:
             ckpt.save(wait=True)
     return str(raised.value)
-
-
-def refused_in(rank: int, out: str) -> str:
-    spec = ChunkShardingSpec(dim=0, placements=[f"rank:{nth}/cpu" for nth in range(dist.get_world_size())])
-    with running(out, {"part": Holder({"old": sharded_tensor.ones(spec, 4, 3)})}) as ckpt:
-        ckpt.step()
-        with pytest.raises(RankFailure) as raised:
-            ckpt.save(wait=True)
-    return str(raised.value)
-
-
-def test_a_sharded_tensor_of_before_dtensor_is_refused_by_name(run_ranks, tmp_path):
-    told = run_ranks(2, refused_in, str(tmp_path / "run"))
-    assert all("part.old cannot be saved: it is a ShardedTensor" in one for one in told)
 
 
 def test_a_sum_that_is_not_worked_out_is_refused_by_name(run_ranks, tmp_path):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from distckpt.formats import Chunk
 from distckpt.formats.hashing import Behind, Hash, behind
-from distckpt.formats.shards import boxes_of, is_spread, narrowed, view_of
+from distckpt.formats.shards import boxes_of, bytes_of, is_spread, narrowed, view_of
 from distckpt.stores import Source
 
 # One call reads what is this small together with its neighbours; larger tensors are read into where they lie.
@@ -54,8 +54,8 @@ class Span(NamedTuple):
 
 def span_of(dtype: torch.dtype, shape: tuple[int, ...], size_bytes: int, targets: Sequence[Tensor]) -> Span:
     """All elements of a tensor. A target of its shape holds them afterwards; one that is spread over ranks, what this
-    rank has of them."""
-    spread = [one for one in targets if is_spread(one)]
+    rank has of them. What safetensors has no word for lies there as bytes."""
+    spread = [one if one.dtype is dtype else bytes_of(one) for one in targets if is_spread(one)]
     if not spread:
         return Span(size_bytes, targets)
     cuts = [Cut(box.offsets, view_of(one, box)) for one in spread for box in boxes_of(one)]

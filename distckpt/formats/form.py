@@ -19,8 +19,9 @@ from distckpt.formats import tree
 from distckpt.formats.safetensors_file import DTYPES
 from distckpt.formats.savable import identity
 from distckpt.formats.shards import local_of, spread_of
+from distckpt.formats.spread import Range
 
-_TENSORS = (Tensor, nn.Parameter, DTensor)
+_TENSORS = (Tensor, nn.Parameter, DTensor, Range)
 _MAPPINGS = (dict, OrderedDict, defaultdict, Counter)
 
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from distckpt import strict_json
 from distckpt.formats.boxes import Ints
 from distckpt.formats.safetensors_file import DTYPES
-from distckpt.formats.shards import Box, boxes_of
+from distckpt.formats.shards import boxes_of
+from distckpt.formats.spread import Box
 from distckpt.manifest import digest
 
 Shape = tuple[int, ...]

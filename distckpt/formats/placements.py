@@ -29,7 +29,11 @@ def spread_beside(parameter: Tensor, words: Sequence[str] | None, shape: torch.S
     Raises:
         ValueError: where they are no such words.
     """
-    assert isinstance(parameter, DTensor), "others are not spread"
+    if not isinstance(parameter, DTensor):
+        raise ValueError(
+            f"there is state of the shape {tuple(shape)} for a parameter of {tuple(parameter.shape)}, which nobody can "
+            "cut as FullyShardedDataParallel (FSDP1) has cut that"
+        )
     told = None if words is None else [_placement(word, len(shape)) for word in words]
     if told is None or len(told) != parameter.device_mesh.ndim:
         is_cut = told is None or any(not isinstance(one, Replicate) for one in told)

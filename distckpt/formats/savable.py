@@ -9,7 +9,10 @@ from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
 
+from distckpt.formats.spread import Spread
+
 _PLAIN = (Tensor, nn.Parameter)
+_SPREAD = (DTensor, ShardedTensor, Spread)
 _QUANTIZED = frozenset({torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4})
 
 
@@ -19,7 +22,7 @@ def is_savable(tensor: Tensor) -> bool:
     Not so where they lie in several tensors (sparse, quantized, nested, subclasses that wrap others), on several ranks,
     or nowhere.
     """
-    if type(tensor) not in _PLAIN and (nn.parameter.is_lazy(tensor) or isinstance(tensor, (DTensor, ShardedTensor))):
+    if type(tensor) not in _PLAIN and (nn.parameter.is_lazy(tensor) or isinstance(tensor, _SPREAD)):
         return False
     if tensor.layout is not torch.strided or tensor.is_nested or tensor.dtype in _QUANTIZED:
         return False
@@ -36,13 +39,11 @@ def check_savable(tensor: Tensor, path: str) -> None:
         return
     if nn.parameter.is_lazy(tensor):
         raise TypeError(f"{path} cannot be saved: it has no shape yet; run the model once before")
-    if isinstance(tensor, DTensor):
+    if isinstance(tensor, _SPREAD):
         raise TypeError(
-            f"{path} is sharded over ranks (a DTensor), which a file of whole tensors cannot hold: gather it in "
-            "state_dict() (e.g. StateDictOptions(full_state_dict=True)) or leave it out"
+            f"{path} is sharded over ranks (a {type(tensor).__name__}), which a file of whole tensors cannot hold: "
+            "gather it in state_dict() (e.g. StateDictOptions(full_state_dict=True)) or leave it out"
         )
-    if isinstance(tensor, ShardedTensor):
-        raise TypeError(f"{path} cannot be saved: it is a ShardedTensor, which PyTorch replaced by DTensor")
     kind = f"{type(tensor).__name__} of {tensor.dtype}, {tensor.layout}"
     raise TypeError(f"{path} cannot be saved: it is a {kind}, on {tensor.device}")
 

@@ -10,48 +10,61 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement, Replicate, Shard, _StridedShard
 
-Extents = tuple[int, ...]
+from distckpt.formats.spread import Box, Extents, Spread, of_shards
+
 _Run = tuple[int, int]  # where a range of a dimension begins and ends
-
-
-class Box(NamedTuple):
-    """A part of a tensor.
-
-    Attributes:
-        offsets, sizes: in the whole tensor.
-        begins: where it begins in the tensor that this rank has.
-    """
-
-    offsets: Extents
-    sizes: Extents
-    begins: Extents
 
 
 def is_spread(tensor: Tensor) -> bool:
     """Whether its elements lie on several ranks."""
-    return isinstance(tensor, DTensor)
+    return isinstance(tensor, (DTensor, Spread, ShardedTensor))
 
 
 def is_on_several(tensor: Tensor) -> bool:
     """Whether other ranks have what this rank has of it, too."""
-    if not isinstance(tensor, DTensor):
-        return True
-    sizes = zip(tensor.placements, tensor.device_mesh.shape, strict=True)
-    return any(isinstance(placement, Replicate) and size > 1 for placement, size in sizes)
+    if isinstance(tensor, DTensor):
+        sizes = zip(tensor.placements, tensor.device_mesh.shape, strict=True)
+        return any(isinstance(placement, Replicate) and size > 1 for placement, size in sizes)
+    return tensor.is_on_several if isinstance(tensor, Spread) else not isinstance(tensor, ShardedTensor)
 
 
 def spread_of(tensor: Tensor) -> Hashable:
     """How its elements lie on several ranks; ``None`` where they are all here."""
-    return (tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else None
+    if isinstance(tensor, DTensor):
+        return tensor.device_mesh, tensor.placements
+    tensor = unwrapped(tensor)
+    return tensor.boxes if isinstance(tensor, Spread) else None
+
+
+def unwrapped(tensor: Tensor) -> Tensor:
+    """``tensor``, as a `Spread` where it is a ``ShardedTensor``: the same memory."""
+    return of_shards(tensor) if isinstance(tensor, ShardedTensor) else tensor
 
 
 def local_of(tensor: Tensor) -> Tensor:
-    """The elements of ``tensor`` that this rank has: the same memory."""
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor  # to_local() costs ten times as much
+    """The elements of ``tensor`` that this rank has: the same memory. Where they are several boxes that no tensor
+    holds, those of the first; `views_of` has all."""
+    if isinstance(tensor, DTensor):
+        return tensor._local_tensor  # to_local() costs ten times as much
+    return tensor.local if isinstance(tensor, Spread) else tensor
+
+
+def views_of(tensor: Tensor) -> Sequence[Tensor]:
+    """The tensors in which all lies that this rank has of it: the same memory."""
+    tensor = unwrapped(tensor)
+    return tensor.views if isinstance(tensor, Spread) else (local_of(tensor),)
+
+
+def is_without_memory(tensor: Tensor) -> bool:
+    """Whether it is on the meta device."""
+    if isinstance(tensor, ShardedTensor):  # which cannot be asked, if it has several shards here
+        return any(view.is_meta for view in views_of(tensor))
+    return tensor.is_meta
 
 
 def boxes_of(tensor: Tensor) -> Sequence[Box]:
@@ -64,11 +77,15 @@ def boxes_of(tensor: Tensor) -> Sequence[Box]:
     if isinstance(tensor, DTensor):
         here = tuple(tensor._local_tensor.shape)
         return _boxes(tuple(tensor.shape), here, tensor.device_mesh, tensor.placements)
-    return _whole(tuple(tensor.shape))
+    tensor = unwrapped(tensor)
+    return tensor.boxes if isinstance(tensor, Spread) else _whole(tuple(tensor.shape))
 
 
 def view_of(tensor: Tensor, box: Box) -> Tensor:
     """The elements of ``tensor`` in ``box``, one of its `boxes_of`: the same memory."""
+    tensor = unwrapped(tensor)
+    if isinstance(tensor, Spread):
+        return tensor.views[box.begins[0]]
     return narrowed(local_of(tensor), box.begins, box.sizes)
 
 
@@ -212,7 +229,10 @@ def _placed(runs: list[_Run]) -> list[tuple[int, int, int]]:
 
 def new_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """New memory for a tensor of that dtype, spread over ranks as ``tensor`` is."""
-    assert isinstance(tensor, DTensor), "others are not spread"
+    if not isinstance(tensor, DTensor):
+        spread = unwrapped(tensor)
+        assert isinstance(spread, Spread), "others are not spread"
+        return spread.again(dtype)
     local = torch.empty_like(tensor._local_tensor, dtype=dtype, memory_format=torch.contiguous_format)
     return DTensor.from_local(
         local, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
@@ -222,15 +242,22 @@ def new_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def bytes_of(tensor: Tensor) -> Tensor:
     """The bytes of ``tensor``, those of each element in a last dimension of their own, if it has several: the same
     memory, spread over ranks as it is."""
-    local = local_of(tensor).detach().resolve_conj().resolve_neg()
-    seen = (local if tensor.dtype.itemsize == 1 else local.unsqueeze(-1)).view(torch.uint8)
+    tensor = unwrapped(tensor)
+    shape = shape_in_bytes(tensor.shape, tensor.dtype)
+    if isinstance(tensor, Spread):
+        return tensor.seen_as(shape, _bytes_of)
+    seen = _bytes_of(local_of(tensor))
     if not isinstance(tensor, DTensor):
         return seen
-    shape = shape_in_bytes(tensor.shape, tensor.dtype)
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(
         seen, tensor.device_mesh, tensor.placements, run_check=False, shape=torch.Size(shape), stride=stride
     )
+
+
+def _bytes_of(local: Tensor) -> Tensor:
+    local = local.detach().resolve_conj().resolve_neg()
+    return (local if local.dtype.itemsize == 1 else local.unsqueeze(-1)).view(torch.uint8)
 
 
 def shape_in_bytes(shape: Sequence[int], dtype: torch.dtype) -> Extents:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from distckpt.formats import Opened, Snapshot
-from distckpt.formats.shards import is_spread, new_like
+from distckpt.formats.shards import is_spread, is_without_memory, new_like
 
 _LEAVES = frozenset({bool, int, float, str, type(None)})
 
@@ -30,7 +30,7 @@ def _prototype(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 def is_stand_in(value: Any) -> bool:
     """Whether that is a tensor that is still to be read."""
-    return isinstance(value, Tensor) and value.is_meta
+    return isinstance(value, Tensor) and is_without_memory(value)
 
 
 def replaced(value: Any, take: Callable[[Tensor], Tensor]) -> Any:

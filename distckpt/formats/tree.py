@@ -18,7 +18,7 @@ from torch import Tensor
 
 from distckpt.formats.safetensors_file import DTYPES
 from distckpt.formats.savable import check_savable, identity, is_savable
-from distckpt.formats.shards import bytes_of, local_of
+from distckpt.formats.shards import bytes_of, local_of, unwrapped, views_of
 
 _TENSOR = "$tensor"
 _DTYPES = {str(dtype): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
@@ -117,9 +117,11 @@ class _Found:
     def refer(self, tensor: Tensor, place: str) -> Any:
         """What stands for ``tensor`` at ``place``."""
         key = place or "value"
+        tensor = unwrapped(tensor) if self._may_be_spread else tensor
         mine = local_of(tensor) if self._may_be_spread else tensor
-        if not is_savable(mine):
-            check_savable(mine, self.where(place))
+        for one in views_of(tensor) if self._may_be_spread else (tensor,):
+            if not is_savable(one):
+                check_savable(one, self.where(place))
         while key in self.tensors or key in self.aliases or key == "__metadata__":  # {"a": {"b": t}, "a.b": t}
             key += "'"
         known = self._tied(mine, key)

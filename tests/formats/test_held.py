@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 from distckpt.formats.held import Holding, Kind, Rows, Told, pack_numbers, unpack_numbers
 from distckpt.formats.safetensors_file import DTYPES
-from distckpt.formats.shards import Box
+from distckpt.formats.spread import Box
 from distckpt.manifest import digest
 
 

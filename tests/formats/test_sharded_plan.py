@@ -19,7 +19,8 @@ from distckpt.formats.boxes import fault
 from distckpt.formats.held import Holding, Kind, Told
 from distckpt.formats.safetensors_file import ITEM_BYTES
 from distckpt.formats.sharded_plan import Plan, make_plan, parts_of
-from distckpt.formats.shards import Box, boxes_at
+from distckpt.formats.shards import boxes_at
+from distckpt.formats.spread import Box
 from distckpt.manifest import digest
 
 Shape = tuple[int, ...]

@@ -15,7 +15,8 @@ from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.distributed.tensor.placement_types import Placement, Replicate, Shard, _StridedShard
 
-from distckpt.formats.shards import Box, boxes_at, boxes_of, is_spread, local_of, narrowed, view_of
+from distckpt.formats.shards import boxes_at, boxes_of, is_spread, local_of, narrowed, view_of
+from distckpt.formats.spread import Box
 
 Mesh = tuple[int, ...]
 
