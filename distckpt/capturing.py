@@ -31,12 +31,14 @@ class Capturing:
             self._stager.reserve(size.total_bytes, is_pinned=size.is_on_device)
 
     def check(self) -> None:
-        """Ranks that write a part each can tell what is the same on several of them.
+        """Ranks that write a part each can tell what is the same on several of them; one that writes all has all.
 
         Raises:
-            TypeError: as `Parts.require_names`.
+            TypeError: as `Parts.require_names`, `Parts.require_whole`.
         """
-        if self._is_shared_out and self._ranks.world_size > 1:
+        if not self._is_shared_out:
+            self._parts.require_whole()
+        elif self._ranks.world_size > 1:
             self._parts.require_names()
 
     def capture(self) -> Snapshot:

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distckpt.flat_parameters import forget_gathered, is_hook, originals_in, without_hooks
 from distckpt.formats.shards import cut_like, is_spread, local_of
+from distckpt.formats.spread import Range
 from distckpt.formats.stand_ins import NewMemory, is_stand_in
 
 _PLAIN = (Tensor, nn.Parameter)
@@ -19,11 +21,13 @@ _FSDP2 = "torch.distributed.fsdp._fully_shard."
 class IntoModule:
     """What goes into one module: its live tensors themselves where they fit, else what ``load_state_dict`` is given.
 
+    What FSDP1 flattened never is: it would ask for whole parameters on all ranks, and wait for them.
+
     Attributes:
         targets: the live ones, each behind what stands for it.
 
     Args:
-        live: its ``state_dict()``.
+        live: its state, as `distckpt.flat_parameters.state_of` has it.
         memory: what is not read into a live tensor is read into this.
     """
 
@@ -51,8 +55,17 @@ class IntoModule:
     def put_in(self) -> None:
         """The module holds what it takes, once that was read. A live tensor is copied to itself, which costs nothing,
         so that overrides and hooks see all keys."""
+        state = self._state
+        if flat := {key: one for key, one in self._live.items() if isinstance(one, Range)}:
+            state = copy.copy(state)
+            with torch.no_grad():
+                for key in flat.keys() & state.keys():
+                    if (given := state.pop(key)) is not flat[key]:
+                        flat[key].elements.copy_(given.elements)
+            forget_gathered(self._module)
         if not self._is_stock:
-            self._module.load_state_dict(self._state, strict=False)
+            with without_hooks(self._module):
+                self._module.load_state_dict(state, strict=False)
 
     def _new(self, found: Any, live: Any) -> Any:
         if isinstance(found, Tensor) and isinstance(live, Tensor) and is_spread(live):
@@ -109,6 +122,7 @@ def _live_tensors(module: nn.Module) -> tuple[dict[str, Tensor], bool]:
             held = chain(one._parameters.items(), one._buffers.items())
             found.update({prefix + name: tensor for name, tensor in held if tensor is not None and _is_plain(tensor)})
         pending += [(child, f"{prefix}{name}.", is_stock) for name, child in one._modules.items() if child is not None]
+    found.update({key: original.tensor for original, keys in originals_in(module) for key in keys})
     return found, is_all
 
 
@@ -129,7 +143,10 @@ def _is_of_module(method: Any, stock: Any) -> bool:
 
 def _does_nothing(hook: Any) -> bool:
     """Whether it is ours, or one of FSDP2: these bring parameters back that ``state_dict()`` has brought back by then,
-    and look at those that were replaced, which none is. torch wraps what was registered."""
+    and look at those that were replaced, which none is. Or one of FSDP1, which does not run. torch wraps what was
+    registered."""
+    if is_hook(hook):
+        return True
     registered = getattr(hook, "hook", hook)
     return getattr(registered, "is_of_distckpt", False) or getattr(registered, "__module__", "").startswith(_FSDP2)
 

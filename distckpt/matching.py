@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from distckpt import rng
 from distckpt.destinations import IntoModule, has_stand_ins, take_like
 from distckpt.errors import StateMismatch
+from distckpt.flat_parameters import state_of
 from distckpt.formats import Snapshot
 from distckpt.formats.stand_ins import NewMemory, is_stand_in
 from distckpt.manifest import Record
 from distckpt.optimizer_destinations import IntoOptimizer
+from distckpt.optimizer_views import View, has_order
 from distckpt.optimizers import by_number, is_by_name
 from distckpt.selection import Selection
 from distckpt.state import RNG, Parts
@@ -165,7 +167,7 @@ def match(parts: Parts, snapshot: Snapshot, selection: Selection, *, strict: boo
             raise StateMismatch(f"{word}= names keys of {name}, which is no module: it is taken whole or not at all")
         elif isinstance(part, torch.optim.Optimizer):
             if (one := _match_optimizer(name, part, parts, snapshot, selection, report, memory)) is not None:
-                ready[name] = one.put_in
+                ready[name] = partial(_put_in, name, one, report)
                 report.loaded.append(name)
         else:
             if has_stand_ins(saved[name]):
@@ -183,6 +185,10 @@ def match(parts: Parts, snapshot: Snapshot, selection: Selection, *, strict: boo
     return Matched(parts, ready, targets, rng_state, report, strict)
 
 
+def _put_in(name: str, into: IntoOptimizer, report: Report) -> None:
+    report.converted += [f"{name}.{one}" for one in into.put_in()]
+
+
 def _match_optimizer(
     name: str,
     optimizer: torch.optim.Optimizer,
@@ -195,15 +201,16 @@ def _match_optimizer(
     """What goes into it, or None where it is of other groups."""
     saved: Any = snapshot.shared.get(name, snapshot.own.get(name))
     placements = None
+    whole = parts.whole(optimizer)
     if is_by_name(saved):
-        numbered = by_number(_with_names(saved, snapshot, selection), optimizer, parts.members_in(optimizer))
+        numbered = by_number(_with_names(saved, snapshot, selection), whole, parts.members_in(optimizer))
         state, placements = numbered.state, numbered.placements
         report.missing += [f"{name}.{one}{_nearest(one, numbered.unexpected)}" for one in numbered.missing[:_SHOWN]]
         report.missing += [f"{name}.{one}" for one in numbered.missing[_SHOWN:]]
         report.unplaced |= {f"{name}.{one}": "" for one in numbered.unexpected}
         report.differing += [f"{name}.{one}" for one in numbered.differing]
         report.kept += [f"{name}.{one}" for one in numbered.kept]
-    elif misfit := _misfit(name, optimizer, saved):
+    elif misfit := _misfit(name, whole, saved):
         report.wrong_shape.append(misfit)
         return None
     else:
@@ -216,7 +223,7 @@ def _match_optimizer(
         return [one.dtype if isinstance(one, Tensor) else None for one in there]
 
     try:
-        into = IntoOptimizer(optimizer, state, memory, placements, dtypes)
+        into = IntoOptimizer(whole, state, memory, placements, dtypes)
     except ValueError as error:
         raise StateMismatch(f"{name}: {error}") from error
     report.converted += [
@@ -251,7 +258,7 @@ def _match_module(
 ) -> IntoModule:
     if not isinstance(saved, dict):
         raise StateMismatch(f"{name} is a module here, and a {type(saved).__name__} in the checkpoint")
-    live = module.state_dict()
+    live = state_of(module)
     keys = canonical_keys(module, live)
     found = _without_foreign_prefix(_renamed(name, saved, selection), set(keys.values()))
     into = IntoModule(module, live, memory)
@@ -293,7 +300,12 @@ def _renamed(name: str, saved: dict[str, Any], selection: Selection) -> dict[str
     return renamed
 
 
-def _misfit(name: str, part: torch.optim.Optimizer, saved: Any) -> str:
+def _misfit(name: str, part: torch.optim.Optimizer | View, saved: Any) -> str:
+    if not has_order(part):
+        return (
+            f'{name} (it was not saved with format="sharded", so it knows parameters by number, which those have none '
+            "of that FullyShardedDataParallel flattened without use_orig_params=True)"
+        )
     here = [len(group["params"]) for group in part.param_groups]
     groups = saved.get("param_groups") if isinstance(saved, dict) else None
     there = [len(group["params"]) for group in groups] if isinstance(groups, list) else []

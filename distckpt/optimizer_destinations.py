@@ -12,8 +12,10 @@ from torch.optim import Optimizer
 
 from distckpt.formats.placements import spread_beside
 from distckpt.formats.shards import is_spread
+from distckpt.formats.spread import Spread
 from distckpt.formats.stand_ins import NewMemory, is_stand_in
-from distckpt.optimizers import live_parameters, tensors_in
+from distckpt.optimizer_views import View, is_here, live_parameters, load
+from distckpt.optimizers import tensors_in
 
 _STEP = "step"  # it stays on the host, and as it is, unless the optimizer wants it otherwise
 
@@ -37,7 +39,7 @@ class IntoOptimizer:
 
     def __init__(
         self,
-        optimizer: Optimizer,
+        optimizer: Optimizer | View,
         saved: Any,
         memory: NewMemory,
         placements: Mapping[int, Mapping[str, Sequence[str]]] | None,
@@ -48,6 +50,8 @@ class IntoOptimizer:
         self._numbers = list(chain.from_iterable(group["params"] for group in saved["param_groups"]))
         self._cast: dict[int, list[str]] = {}  # of which parameters torch would change which state
         self._were: Sequence[torch.dtype | None] = ()
+        left = {number for nth, number in enumerate(self._numbers) if not is_here(optimizer, nth)}
+        saved = {**saved, "state": {number: one for number, one in saved["state"].items() if number not in left}}
         for live, group in zip(optimizer.param_groups, saved["param_groups"], strict=True):
             _take_group(live, group, memory)
         for nth, (number, parameter) in enumerate(zip(self._numbers, self._parameters, strict=True)):
@@ -67,19 +71,18 @@ class IntoOptimizer:
             if not self._is_as_it_was(nth) and any(_is_floating(state[name]) for name in names):
                 yield nth
 
-    def put_in(self) -> None:
+    def put_in(self) -> list[str]:
         """The optimizer holds the state. torch casts it to the dtype of the parameters; here it keeps its own, as
-        moments of 32 bits do not fit into the 16 of their parameters, unless these had another dtype then."""
-        self._optimizer.load_state_dict(self.state)
-        if getattr(self._optimizer.load_state_dict, "__func__", None) is not Optimizer.load_state_dict:
-            return  # it has a rule of its own
+        moments of 32 bits do not fit into the 16 of their parameters, unless these had another dtype then.
+
+        Returns:
+            As `distckpt.optimizer_views.load`.
+        """
+        exactly = {}
         for nth, names in self._cast.items():
-            parameter = self._parameters[nth]
-            live, state = self._optimizer.state.get(parameter, {}), self.state["state"][self._numbers[nth]]
-            for name in names:
-                if name in live and (self._is_as_it_was(nth) or not _is_floating(state[name])):
-                    value = state[name]
-                    live[name] = value.to(parameter.device) if isinstance(value, Tensor) else value
+            state = self.state["state"][self._numbers[nth]]
+            exactly[nth] = [name for name in names if self._is_as_it_was(nth) or not _is_floating(state[name])]
+        return load(self._optimizer, self.state, exactly)
 
     def _is_as_it_was(self, nth: int) -> bool:
         return self._were[nth] in (None, self._parameters[nth].dtype)
@@ -122,12 +125,13 @@ def _take(
     placements: Mapping[str, Sequence[str]] | None,
     memory: NewMemory,
 ) -> None:
-    words = None if placements is None else placements.get(path)
+    is_known = placements is not None and not isinstance(parameter, Spread)  # which has no placements
+    words = placements.get(path) if placements is not None and is_known else None
     if not is_stand_in(value) or (path == _STEP and not words):
         return
     if isinstance(live, Tensor) and live.shape == value.shape:
         memory.take(value, device=parameter.device, like=live)
-    elif is_spread(parameter) and _is_spread_otherwise(parameter, value, words, is_known=placements is not None):
+    elif is_spread(parameter) and _is_spread_otherwise(parameter, value, words, is_known=is_known):
         memory.give(value, spread_beside(parameter, words, value.shape, value.dtype))
     else:
         memory.take(value, device=parameter.device, like=parameter if words is None else None)

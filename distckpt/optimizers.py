@@ -11,8 +11,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from distckpt.flat_parameters import parameters_of
 from distckpt.formats.placements import describe
 from distckpt.formats.shards import is_spread
+from distckpt.optimizer_views import View, live_parameters
 from distckpt.wrappers import canonical_keys
 
 _STATE, _GROUPS, _PARAMS = "state", "param_groups", "params"
@@ -42,7 +44,7 @@ class Member:
             yield f"{part}.{key}"
 
 
-def members_of(optimizer: Optimizer, modules: Mapping[str, nn.Module]) -> list[Member]:
+def members_of(optimizer: Optimizer | View, modules: Mapping[str, nn.Module]) -> list[Member]:
     """The parameters of ``optimizer``, in the order of its groups.
 
     Each is called as in the module that has it, by the first of its names there, with the name of that part of the
@@ -52,7 +54,7 @@ def members_of(optimizer: Optimizer, modules: Mapping[str, nn.Module]) -> list[M
     wanted = {id(one) for one in ours}
     found: dict[int, list[tuple[str, str]]] = {}
     for part, module in modules.items():
-        names = {key: id(one) for key, one in module.named_parameters(remove_duplicate=False) if id(one) in wanted}
+        names = {key: id(one) for key, one in parameters_of(module).items() if id(one) in wanted}
         for key, canonical in canonical_keys(module, names).items():
             found.setdefault(names[key], []).append((part, canonical))
     has_one_part = len({places[0][0] for places in found.values()}) == 1
@@ -68,7 +70,7 @@ def _member(nth: int, places: Sequence[tuple[str, str]], times: Mapping[str, int
     return Member(name, places, [key for _, key in places if times[key] == 1])
 
 
-def by_name(state: Any, optimizer: Optimizer, members: Sequence[Member]) -> Any:
+def by_name(state: Any, optimizer: Optimizer | View, members: Sequence[Member]) -> Any:
     """The ``state_dict`` of ``optimizer``, with names where it has numbers: of parameters; and of groups, which are
     called like the first parameter in them, so that those of other ranks are others. What has another form is left as
     it is.
@@ -121,7 +123,7 @@ class Numbered:
     kept: list[str] = field(default_factory=list)
 
 
-def by_number(saved: Any, optimizer: Optimizer, members: Sequence[Member]) -> Numbered:
+def by_number(saved: Any, optimizer: Optimizer | View, members: Sequence[Member]) -> Numbered:
     """What ``optimizer`` is to be given of ``saved``, which is `by_name`.
 
     Groups may be others than those that were saved: the values of a group are those that all of its parameters had.
@@ -149,11 +151,6 @@ def by_number(saved: Any, optimizer: Optimizer, members: Sequence[Member]) -> Nu
     if (placements := saved.get(_PLACEMENTS)) is not None:
         numbered.placements = {nth: placements[name] for nth, name in enumerate(names) if name in placements}
     return numbered
-
-
-def live_parameters(optimizer: Optimizer) -> Iterator[Tensor]:
-    """The parameters of ``optimizer``, in the order of its groups."""
-    return chain.from_iterable(group[_PARAMS] for group in optimizer.param_groups)
 
 
 def _called(member: Member, known: Mapping[str, Any]) -> str:
@@ -217,7 +214,7 @@ def _is_group(value: Any) -> bool:
 
 
 def _placements(
-    state: Mapping[Any, Any], optimizer: Optimizer, members: Sequence[Member]
+    state: Mapping[Any, Any], optimizer: Optimizer | View, members: Sequence[Member]
 ) -> dict[str, dict[str, list[str]]] | None:
     """How the tensors of ``state`` are spread that are not spread like their parameters; ``None`` where no parameter
     is spread."""

@@ -9,6 +9,7 @@ from itertools import chain
 
 from torch import nn
 
+from distckpt.flat_parameters import parameters_of, state_of
 from distckpt.wrappers import WRAPPED_NAMES, canonical_keys
 
 # What others save beside a model whose keys have no prefix, as torchtitan does.
@@ -124,10 +125,10 @@ def _prefix_of_all(
 
 def _tied(module: nn.Module) -> dict[str, Sequence[str]]:
     """For each key of its state, the keys of the same tensor, itself among them."""
-    held = chain(module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
+    held = chain(parameters_of(module).items(), module.named_buffers(remove_duplicate=False))
     tensors = {name: id(tensor) for name, tensor in held}
     alike: defaultdict[object, list[str]] = defaultdict(list)
-    for key, canonical in canonical_keys(module, module.state_dict()).items():
+    for key, canonical in canonical_keys(module, state_of(module)).items():
         alike[tensors.get(key, key)].append(canonical)
     return {key: keys for keys in alike.values() for key in keys}
 

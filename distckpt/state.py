@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 import weakref
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -16,15 +17,16 @@ from torch.utils.data import DataLoader
 
 from distckpt import rng
 from distckpt.accelerator_state import is_accelerator, prepared_by
+from distckpt.flat_parameters import cut_in, is_wrapped, state_of
 from distckpt.loader_position import LoaderPosition
-from distckpt.optimizers import Member, live_parameters, members_of
+from distckpt.optimizer_views import View, live_parameters, seen
+from distckpt.optimizers import Member, members_of
 from distckpt.optimizers import by_name as named
 from distckpt.wrappers import canonical_keys
 
 RNG = "rng"
 
-_FSDP1 = "torch.distributed.fsdp.fully_sharded_data_parallel"  # not imported: that takes long
-
+_NOTHING = object()
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 _RESERVED = {RNG, "state", "manifest", "claim"}
 
@@ -50,7 +52,6 @@ class Parts:
         state = {name: _with_position(part) for name, part in state.items()}
         for name, part in state.items():
             _check_part(name, part)
-        _check_optimizers(state)
         if per_rank is not None:
             if isinstance(per_rank, str) or not isinstance(per_rank, Collection):
                 raise TypeError(f"per_rank should be a list of names in state, is {per_rank!r}")
@@ -60,19 +61,32 @@ class Parts:
         self.shared = {name: part for name, part in state.items() if name not in own}
         self.own = {name: part for name, part in state.items() if name in own}
         self._members: dict[int, tuple[list[weakref.ref[Tensor]], list[Member]]] = {}
+        self._views: dict[int, View] = {}
+        self._wrapped = [part for part in self.modules.values() if is_wrapped(part)]  # looking again takes long
 
     @property
     def modules(self) -> dict[str, nn.Module]:
         """The parts that are modules."""
         return {name: part for name, part in self.shared.items() if isinstance(part, nn.Module)}
 
+    def whole(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer | View:
+        """``optimizer``, as it is in the whole; see `distckpt.optimizer_views`."""
+        view = seen(optimizer, self._wrapped)
+        if isinstance(view, torch.optim.Optimizer):
+            return view
+        before = self._views.get(id(optimizer))  # which remembers what it has seen
+        if before is None or not _are_same(live_parameters(before), live_parameters(view)):
+            self._views[id(optimizer)] = view
+        return self._views[id(optimizer)]
+
     def members_in(self, optimizer: torch.optim.Optimizer) -> list[Member]:
         """Its parameters; see `distckpt.optimizers.members_of`. Costs next to nothing where they are the same as the
         last time."""
-        ours = list(live_parameters(optimizer))
-        seen, members = self._members.get(id(optimizer), ([], []))
-        if len(seen) != len(ours) or any(one() is not live for one, live in zip(seen, ours, strict=True)):
-            members = members_of(optimizer, self.modules)
+        whole = self.whole(optimizer)
+        ours = list(live_parameters(whole))
+        before, members = self._members.get(id(optimizer), ([], []))
+        if not _are_same((one() for one in before), ours):
+            members = members_of(whole, self.modules)
             self._members[id(optimizer)] = [weakref.ref(one) for one in ours], members
         return members
 
@@ -86,6 +100,21 @@ class Parts:
         for name, part in self.shared.items():
             if isinstance(part, torch.optim.Optimizer) and type(part).state_dict is torch.optim.Optimizer.state_dict:
                 _require_names(name, self.members_in(part))
+
+    def require_whole(self) -> None:
+        """None is an optimizer of parameters that FSDP1 has cut into pieces, whose state no rank has whole.
+
+        Raises:
+            TypeError: naming one.
+        """
+        cut = {id(owner) for module in self._wrapped for owner in cut_in(module)}
+        for name, part in self.shared.items():
+            is_optimizer = isinstance(part, torch.optim.Optimizer)
+            if cut and is_optimizer and any(id(one) in cut for one in live_parameters(part)):
+                raise TypeError(
+                    f"state[{name!r}] has parameters that FullyShardedDataParallel (FSDP1) has cut into pieces, and of "
+                    'its state each rank has a piece: use format="sharded"'
+                )
 
     def capture_shared(self, *, is_leader: bool, by_name: bool = False, needs_names: bool = False) -> dict[str, Any]:
         """The state of the shared parts: references, no copies. Collective for parts whose ``state_dict`` is.
@@ -101,13 +130,15 @@ class Parts:
         """
         captured = {}
         for name, part in self.shared.items():
-            if hasattr(part, "consolidate_state_dict"):  # ZeroRedundancyOptimizer: gathers on the leader
+            is_named = by_name and isinstance(part, torch.optim.Optimizer)
+            whole = self.whole(part) if is_named else part
+            if whole is part and hasattr(part, "consolidate_state_dict"):  # which gathers on the leader
                 part.consolidate_state_dict(0)
                 if not is_leader:
                     continue
-            state = captured[name] = _state_of(part)
-            if by_name and isinstance(part, torch.optim.Optimizer):
-                captured[name] = named(state, part, self.members_in(part))
+            state = captured[name] = _state_of(whole, is_cut=by_name and any(part is one for one in self._wrapped))
+            if is_named:
+                captured[name] = named(state, whole, self.members_in(part))
                 if needs_names and captured[name] is not state:
                     _require_names(name, self.members_in(part))
         return captured
@@ -117,10 +148,14 @@ class Parts:
         return {**{name: _state_of(part) for name, part in self.own.items()}, RNG: rng.capture()}
 
 
-def _state_of(part: Any) -> Any:
-    state = part.state_dict()
+def _are_same(ours: Iterable[Tensor | None], others: Iterable[Tensor]) -> bool:
+    return all(one is other for one, other in zip_longest(ours, others, fillvalue=_NOTHING))
+
+
+def _state_of(part: Any, *, is_cut: bool = False) -> Any:
     if not isinstance(part, nn.Module):
-        return state
+        return part.state_dict()
+    state = state_of(part) if is_cut else part.state_dict()
     names = canonical_keys(part, state)
     return {names[key]: value for key, value in state.items()}
 
@@ -145,27 +180,6 @@ def _is_iterable(part: Any) -> bool:
     if isinstance(part, LoaderPosition):
         return True
     return hasattr(type(part), "__iter__") and not isinstance(part, nn.Module)
-
-
-def _check_optimizers(state: Mapping[str, Any]) -> None:
-    """None has parameters of which each rank has a piece that says nothing of where it lies in the whole."""
-    cut = set()
-    for part in state.values():
-        for module in part.modules() if isinstance(part, nn.Module) else ():
-            if _is_cut_by_fsdp1(module):
-                cut |= {id(one) for one in module.parameters()}
-    for name, part in state.items():
-        if cut and isinstance(part, torch.optim.Optimizer) and any(id(one) in cut for one in live_parameters(part)):
-            raise TypeError(
-                f"state[{name!r}] has parameters that FullyShardedDataParallel (FSDP1) has cut into pieces, and of its "
-                "state each rank has a piece that only the same ranks could use: wrap the model in "
-                "torch.distributed.fsdp.fully_shard instead, whose pieces know where they belong"
-            )
-
-
-def _is_cut_by_fsdp1(module: nn.Module) -> bool:
-    is_fsdp1 = any(kind.__module__ == _FSDP1 for kind in type(module).__mro__)
-    return is_fsdp1 and getattr(getattr(module, "sharding_strategy", None), "name", "") != "NO_SHARD"
 
 
 def _check_part(name: object, part: Any) -> None:

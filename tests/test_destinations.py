@@ -297,7 +297,7 @@ def test_an_optimizer_takes_what_was_read_for_its_own_without_a_copy(words, has_
 def test_an_optimizer_is_loaded_without_a_search_for_each_parameter_and_keeps_its_own_list():
     saved, live = trained(torch.optim.AdamW), trained(torch.optim.AdamW)
     found, opened = matched({"o": live}, {"o": saved.state_dict()})
-    given = found.ready["o"].__self__.state  # what load_state_dict is given
+    given = found.ready["o"].args[1].state  # what load_state_dict is given
     numbers = given["param_groups"][0]["params"]
     assert isinstance(numbers, Positions) and list(numbers) == [0, 1] and 1 in numbers and 2 not in numbers
     put_in(found, opened)

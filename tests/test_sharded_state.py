@@ -14,7 +14,6 @@ import torch.distributed as dist
 from sharded_programs import (
     Holder,
     Net,
-    Wide,
     adamw,
     ddp,
     differing,
@@ -34,8 +33,7 @@ from sharded_programs import (
     wide_fsdp,
 )
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
-from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate
 
 from distckpt import StateMismatch
@@ -312,73 +310,6 @@ def test_a_model_that_was_made_without_memory_is_filled_once_it_has_some(run_ran
         assert differing(found, expected) == []
     for told_by in run_ranks(2, resume_without_memory, out):
         assert "model.few is on the meta device" in told_by and "call to_empty" in told_by
-
-
-# ZeRO: each rank has the moments of some parameters
-
-
-def zero() -> tuple[nn.Module, torch.optim.Optimizer]:
-    model = ddp()
-    return model, ZeroRedundancyOptimizer(model.parameters(), optimizer_class=torch.optim.AdamW, lr=0.01)
-
-
-def moments(optimizer: Any) -> dict[str, np.ndarray]:
-    """All of them, by number, on the leader."""
-    if hasattr(optimizer, "consolidate_state_dict"):
-        optimizer.consolidate_state_dict(0)
-        if dist.get_rank():
-            return {}
-    state = optimizer.state_dict()["state"]
-    return {f"{nth}.{name}": whole(one) for nth, of in state.items() for name, one in of.items()}
-
-
-def save_zero(rank: int, out: str) -> dict[str, np.ndarray]:
-    model, optimizer = zero()
-    train(model, optimizer)
-    save(out, model=model, optim=optimizer)
-    return moments(optimizer)
-
-
-def restore_zero(rank: int, out: str, is_zero: bool) -> dict[str, np.ndarray]:
-    model, optimizer = zero() if is_zero else ((one := plain()), adamw(one))
-    resume(out, model=model, optim=optimizer)
-    return moments(optimizer)
-
-
-@pytest.mark.parametrize("ranks, is_zero", [(2, True), (3, True), (1, False)], ids=str)
-def test_moments_that_ranks_have_shared_among_them_go_by_name_too(run_ranks, tmp_path, ranks, is_zero):
-    expected, *_ = run_ranks(2, save_zero, str(tmp_path / "run"))
-    found, *_ = run_ranks(ranks, restore_zero, str(tmp_path / "run"), is_zero)
-    assert len(expected) == 3 * 7 and differing(found, expected) == []
-
-
-# FSDP1: each rank has a piece of the moments that says nothing of where it belongs
-
-
-def fsdp1(**words: Any) -> tuple[nn.Module, torch.optim.Optimizer]:
-    model = FullyShardedDataParallel(plain(Wide), device_id=torch.device("cpu"), **words)
-    return model, adamw(model)
-
-
-def of_fsdp1(rank: int, out: str) -> list[str]:
-    """What is refused, and what is not: weights alone, which FSDP1 puts together, and moments that it did not cut."""
-    refused = []
-    for format in ("sharded", "full"):
-        for has_names in (True, False):
-            model, optimizer = fsdp1(use_orig_params=has_names)
-            with pytest.raises(TypeError) as raised, running(out, {"model": model, "o": optimizer}, format=format):
-                pass
-            refused.append(str(raised.value))
-    whole = fsdp1(use_orig_params=True, sharding_strategy=ShardingStrategy.NO_SHARD)
-    with running(out, {"model": model}), running(f"{out}.whole", {"model": whole[0], "o": whole[1]}) as ckpt:
-        ckpt.step()
-        ckpt.save(wait=True)
-    return refused
-
-
-def test_moments_that_fsdp1_has_cut_are_refused_before_training(run_ranks, tmp_path):
-    for told_by in run_ranks(2, of_fsdp1, str(tmp_path / "run")):
-        assert len(told_by) == 4 and all("state['o'] has parameters" in one and "fully_shard" in one for one in told_by)
 
 
 # From one format to the other

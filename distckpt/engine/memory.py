@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distckpt.formats.shards import is_spread, local_of
+from distckpt.flat_parameters import state_of
+from distckpt.formats.shards import is_spread, views_of
 
 _GROUPS = Path("/sys/fs/cgroup")
 _OWN_GROUP = Path("/proc/self/cgroup")
@@ -83,7 +84,7 @@ def expected_size(parts: Iterable[Any]) -> Size:
     total = Size()
     for part in parts:
         if isinstance(part, nn.Module):
-            total += _size_of(part.state_dict())
+            total += _size_of(state_of(part))
         elif isinstance(part, torch.optim.lr_scheduler.LRScheduler):
             continue  # it has its optimizer, and saves nothing of it
         elif isinstance(optimizer := getattr(part, "optimizer", part), torch.optim.Optimizer):
@@ -112,11 +113,13 @@ def _size_of(value: Any) -> Size:
     found: dict[tuple[int, int, bool], Size] = {}
 
     def look(one: Any) -> None:
-        if isinstance(one, Tensor) and not nn.parameter.is_lazy(one) and not one.is_meta:
-            here, spread = local_of(one), is_spread(one)
-            count = here.nbytes
-            size = Size(0 if spread else count, count if spread else 0, not here.is_cpu)
-            found[(here.data_ptr(), count, spread)] = size
+        if isinstance(one, Tensor) and not nn.parameter.is_lazy(one):
+            spread = is_spread(one)
+            for here in views_of(one):
+                if not here.is_meta:
+                    count = here.nbytes
+                    size = Size(0 if spread else count, count if spread else 0, not here.is_cpu)
+                    found[(here.data_ptr(), count, spread)] = size
         elif isinstance(one, dict):
             for inner in one.values():
                 look(inner)

@@ -9,7 +9,7 @@ from itertools import product
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
@@ -17,12 +17,13 @@ from torch.distributed.tensor.placement_types import Placement, Replicate, Shard
 
 from distckpt.formats.spread import Box, Extents, Spread, of_shards
 
+_PLAIN = (Tensor, nn.Parameter)  # asked for first, as most are: the others take longer to tell apart
 _Run = tuple[int, int]  # where a range of a dimension begins and ends
 
 
 def is_spread(tensor: Tensor) -> bool:
     """Whether its elements lie on several ranks."""
-    return isinstance(tensor, (DTensor, Spread, ShardedTensor))
+    return type(tensor) not in _PLAIN and isinstance(tensor, (DTensor, Spread, ShardedTensor))
 
 
 def is_on_several(tensor: Tensor) -> bool:
@@ -35,6 +36,8 @@ def is_on_several(tensor: Tensor) -> bool:
 
 def spread_of(tensor: Tensor) -> Hashable:
     """How its elements lie on several ranks; ``None`` where they are all here."""
+    if type(tensor) in _PLAIN:
+        return None
     if isinstance(tensor, DTensor):
         return tensor.device_mesh, tensor.placements
     tensor = unwrapped(tensor)
@@ -49,6 +52,8 @@ def unwrapped(tensor: Tensor) -> Tensor:
 def local_of(tensor: Tensor) -> Tensor:
     """The elements of ``tensor`` that this rank has: the same memory. Where they are several boxes that no tensor
     holds, those of the first; `views_of` has all."""
+    if type(tensor) in _PLAIN:
+        return tensor
     if isinstance(tensor, DTensor):
         return tensor._local_tensor  # to_local() costs ten times as much
     return tensor.local if isinstance(tensor, Spread) else tensor
@@ -56,6 +61,8 @@ def local_of(tensor: Tensor) -> Tensor:
 
 def views_of(tensor: Tensor) -> Sequence[Tensor]:
     """The tensors in which all lies that this rank has of it: the same memory."""
+    if type(tensor) in _PLAIN:
+        return (tensor,)
     tensor = unwrapped(tensor)
     return tensor.views if isinstance(tensor, Spread) else (local_of(tensor),)
 

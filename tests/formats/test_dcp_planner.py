@@ -13,10 +13,11 @@ from flows import read_now, write_now
 from torch import Tensor, nn
 from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 
 import distckpt
+from distckpt import RankFailure
 from distckpt.formats import Snapshot
 from distckpt.formats.dcp_planner import check_planner, planned
 from distckpt.formats.sharded import Sharded
@@ -106,7 +107,7 @@ def test_the_full_format_has_no_use_for_a_planner(tmp_path):
 
 def save(rank: int, out: str) -> list[np.ndarray]:
     torch.manual_seed(0)
-    model = fully_shard(nn.Linear(10, 7), mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    model = fully_shard(nn.Linear(10, 9), mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
     with distckpt.Checkpointer(out, {"model": model}, planner=Halves(), sync_buffers=False) as checkpointer:
         for _ in range(2):
             with torch.no_grad():
@@ -116,14 +117,45 @@ def save(rank: int, out: str) -> list[np.ndarray]:
     return [one.detach().full_tensor().numpy() for one in model.parameters() if isinstance(one, DTensor)]
 
 
+class Backwards(Halves):
+    """Says what is to be saved in another order."""
+
+    def create_local_plan(self) -> Any:
+        plan = super().create_local_plan()
+        return replace(plan, items=plan.items[::-1])
+
+
+class LeavesBoxesOut(DefaultSavePlanner):
+    def create_local_plan(self) -> Any:
+        plan = super().create_local_plan()
+        return replace(plan, items=plan.items[1:])
+
+
+def save_fsdp1(rank: int, out: str) -> list[np.ndarray]:
+    """Each rank has several boxes of the weight, and one has nothing of the bias."""
+    torch.manual_seed(0)
+    model = FullyShardedDataParallel(nn.Linear(10, 9), device_id=torch.device("cpu"), use_orig_params=True)
+    with pytest.raises(RankFailure, match=r"leaves a part of model.weight out"):
+        distckpt.Checkpointer(f"{out}-refused", {"model": model}, planner=LeavesBoxesOut(), save_last=False).prepare()
+    with distckpt.Checkpointer(out, {"model": model}, planner=Backwards()) as checkpointer:
+        for _ in range(2):
+            with torch.no_grad():
+                for one in model.parameters():
+                    one.add_(1)
+            checkpointer.step()
+            checkpointer.save(wait=True)
+    return [one.detach().numpy() for one in model.state_dict().values()]
+
+
 def restore(rank: int, out: str) -> list[np.ndarray]:
-    model = nn.Linear(10, 7)
+    model = nn.Linear(10, 9)
     with distckpt.Checkpointer(out, {"model": model}, save_last=False) as checkpointer:
         assert checkpointer.resume() == 2
     return [one.detach().numpy() for one in model.parameters()]
 
 
-def test_what_ranks_have_of_a_tensor_is_saved_as_their_planners_want_it(run_ranks, tmp_path):
+@pytest.mark.parametrize("save", [save, save_fsdp1])
+def test_what_ranks_have_of_a_tensor_is_saved_as_their_planners_want_it(run_ranks, tmp_path, save):
     out = str(tmp_path / "run")
     saved = run_ranks(2, save, out)[0]
     (restored,) = run_ranks(1, restore, out)
