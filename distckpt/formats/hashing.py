@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Protocol
 
@@ -115,10 +115,14 @@ class CheckedBlocks:
 
 
 class Behind:
-    """What it is told is in the digest once it is drained, and must not change before."""
+    """What it is told is in the digest once it is drained, and must not change before.
+
+    A thread of its own works on it; where the system gives none, whoever waits for it does.
+    """
 
     def __init__(self, digest: Hash) -> None:
         self._digest = digest
+        self._thread: threading.Thread | None = None
         self._told: SimpleQueue[Buffer | threading.Event | None] = SimpleQueue()
         self._error: BaseException | None = None
 
@@ -139,12 +143,27 @@ class Behind:
         """
         is_done = threading.Event()
         self._told.put(is_done)
+        if self._thread is None:
+            self._told.put(None)
+            self._run()
         is_done.wait()
         if self._error is not None:
             raise self._error
 
-    def run(self) -> None:
-        """Works until it was told `end`."""
+    def start(self) -> None:
+        """Its thread works, if the system gives one."""
+        thread = threading.Thread(target=self._run, name="distckpt-hash", daemon=True)
+        with suppress(RuntimeError):
+            thread.start()
+            self._thread = thread
+
+    def end(self) -> None:
+        """Nothing more comes, and nothing of what came is read any more."""
+        if self._thread is not None:
+            self._told.put(None)
+            self._thread.join()
+
+    def _run(self) -> None:
         while (told := self._told.get()) is not None:
             if isinstance(told, threading.Event):
                 told.set()
@@ -154,21 +173,15 @@ class Behind:
                 except BaseException as error:  # raised where the digest is waited for
                     self._error = error
 
-    def end(self) -> None:
-        """Nothing more comes."""
-        self._told.put(None)
-
 
 @contextmanager
 def behind(digest: Hash) -> Iterator[Behind]:
     """A digest that whoever reads tells without waiting. It is whole when the context is left without an error; with
     one, nobody reads the memory any more."""
     one = Behind(digest)
-    thread = threading.Thread(target=one.run, name="distckpt-hash", daemon=True)
-    thread.start()
+    one.start()
     try:
         yield one
         one.drain()
     finally:
         one.end()
-        thread.join()

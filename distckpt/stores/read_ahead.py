@@ -19,11 +19,10 @@ def read_ahead(fd: int, ranges: Sequence[tuple[int, int]], *, direct: Direct) ->
     if not direct.turn_on(fd):
         return None
     try:
-        ring = direct.take_ring()
-    except OSError:
-        direct.turn_off(fd)  # what memory there is, the file itself may need
+        return ReadAhead(fd, ranges, direct=direct, ring=direct.take_ring())
+    except (OSError, RuntimeError):  # no memory is left, which the file itself may need; or no thread
+        direct.turn_off(fd)
         return None
-    return ReadAhead(fd, ranges, direct=direct, ring=ring)
 
 
 class ReadAhead:
@@ -34,6 +33,9 @@ class ReadAhead:
     Args:
         fd: for which ``direct`` was turned on; nothing else reads it until `close`.
         ring: of ``direct``.
+
+    Raises:
+        RuntimeError: where the system gives no thread.
     """
 
     def __init__(self, fd: int, ranges: Sequence[tuple[int, int]], *, direct: Direct, ring: Ring) -> None:

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import xxhash
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from distckpt.formats.hashing import behind
@@ -20,6 +20,18 @@ def no_thread_is_left():
     assert not any(thread.name == "distckpt-hash" for thread in threading.enumerate())
 
 
+def refuse(thread: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")
+
+
+@pytest.fixture(params=["a thread", "none"])
+def threads(request, monkeypatch):
+    if request.param == "none":
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+
+
+@pytest.mark.usefixtures("threads")
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.binary(max_size=50), max_size=20))
 def test_all_that_is_told_is_in_the_digest_in_its_order(pieces):
     digest = xxhash.xxh3_128()
@@ -29,6 +41,7 @@ def test_all_that_is_told_is_in_the_digest_in_its_order(pieces):
     assert digest.digest() == xxhash.xxh3_128(b"".join(pieces)).digest()
 
 
+@pytest.mark.usefixtures("threads")
 def test_memory_may_change_once_it_is_drained():
     digest, memory = xxhash.xxh3_128(), bytearray(b"one")
     with behind(digest) as hashed:
@@ -66,6 +79,7 @@ class Broken:
         raise MemoryError("no more")
 
 
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("is_drained", [True, False])
 def test_what_goes_wrong_is_raised_where_it_is_waited_for(is_drained):
     with pytest.raises(MemoryError, match="no more"), behind(Broken()) as hashed:
@@ -75,6 +89,7 @@ def test_what_goes_wrong_is_raised_where_it_is_waited_for(is_drained):
         hashed.update(b"two")
 
 
+@pytest.mark.usefixtures("threads")
 def test_an_error_of_whoever_reads_is_the_one_that_is_raised():
     with pytest.raises(KeyError), behind(Broken()) as hashed:
         hashed.update(b"one")

@@ -281,6 +281,15 @@ def test_without_memory_to_read_ahead_it_is_read_through_the_page_cache(cold, re
     assert {how for how, _ in reads.told} == {"cached"}
 
 
+def test_without_a_thread_to_read_ahead_it_is_read_through_the_page_cache(cold, reads, monkeypatch):
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    assert content(cold) == CONTENT
+    assert {how for how, _ in reads.told} == {"cached"}
+
+
 def test_an_error_of_the_thread_is_raised_where_its_bytes_are_asked_for_each_time(cold, reads):
     reads.failures[BLOCK] = OSError(errno.EIO, os.strerror(errno.EIO))
     target = bytearray(BLOCK)
