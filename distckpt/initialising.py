@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor, nn
 
 from distckpt import foreign, layout
 from distckpt.catalog import read_record, scan
-from distckpt.errors import DamagedCheckpoint, NoCheckpoint
+from distckpt.errors import NoCheckpoint
 from distckpt.formats import Format, Snapshot
 from distckpt.formats.dcp_native import NativeFolder
 from distckpt.formats.dcp_reading import Folder, OpenedFolder
 from distckpt.formats.dcp_safetensors import SafetensorsFolder
-from distckpt.formats.pth import open_pth
+from distckpt.formats.pth_folder import PthFolder
 from distckpt.manifest import Manifest
 from distckpt.prefixes import BESIDE, assign
 from distckpt.selection import Selection
@@ -93,16 +93,12 @@ def open_modules(
         raise ValueError(f"init_from: {source} is one file, and state has {len(wanted)} modules: {', '.join(wanted)}")
     if path.suffix == ".safetensors":
         return _open_foreign(source, SafetensorsFolder(LocalStore(path.parent), {path.name: None}), wanted, selection)
-    file = open_pth(path)
-    weights = _weights(file.value)
-    assigned = assign(list(weights), wanted, renamed=selection.renamed)
-    shared = {part: {key: weights[name] for key, name in keys.items()} for part, keys in assigned.names.items()}
-    return Source(_Found(Snapshot(shared), file.fill), assigned.left)
+    return _open_foreign(source, PthFolder(path.parent, {path.name: None}), wanted, selection)
 
 
 @dataclass
 class _Found:
-    """Modules found in a file."""
+    """Modules found in files of ``torch.save``."""
 
     snapshot: Snapshot
     fill: Callable[[Sequence[tuple[Tensor, Tensor]]], None]
@@ -116,20 +112,16 @@ def _open_copy(path: Path, names: Collection[str], get_format: Callable[[str], F
     return get_format(manifest.format).open(store, path.name, manifest, 0, names)
 
 
-def _open_foreign(source: str, folder: Folder, modules: Mapping[str, nn.Module], selection: Selection) -> Source:
+def _open_foreign(
+    source: str, folder: Folder | PthFolder, modules: Mapping[str, nn.Module], selection: Selection
+) -> Source:
     names = [*folder.tensors, *folder.values]
     beside = BESIDE if isinstance(folder, NativeFolder) else ()
     try:
         assigned = assign(names, modules, loose=folder.values, beside=beside, renamed=selection.renamed)
     except ValueError as error:
         raise ValueError(f"init_from: {source} {error}") from error
+    if isinstance(folder, PthFolder):
+        return Source(_Found(folder.snapshot(assigned.names), folder.fill), assigned.left)
     opened = OpenedFolder(folder, assigned.names)
     return Source(opened, assigned.left, opened.unread)
-
-
-def _weights(saved: Any) -> dict[str, Any]:
-    """The weights in what a ``.pth`` file holds: MMEngine and others keep them under ``state_dict``."""
-    weights = saved.get("state_dict", saved) if isinstance(saved, dict) else saved
-    if not isinstance(weights, dict) or not all(isinstance(key, str) for key in weights):
-        raise DamagedCheckpoint(f"init_from: the file holds a {type(weights).__name__}, no weights by name")
-    return weights

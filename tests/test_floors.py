@@ -48,7 +48,7 @@ HANDS = {
     *("formats.export_dcp", "formats.export_hf", "formats.export_pth", "formats.export_safetensors"),
     *(f"formats.dcp_{name}" for name in ("chunks", "item", "metadata", "native", "pickle", "reading", "safetensors")),
     *("formats.dcp_stored", "formats.dcp_zip"),
-    *("formats.placements", "formats.spread"),
+    *("formats.placements", "formats.pth_folder", "formats.spread"),
     *(
         "ranks.process_group",
         "buffers",

@@ -17,10 +17,9 @@ from distckpt.errors import DamagedCheckpoint, NoCheckpoint
 from distckpt.foreign import find
 from distckpt.formats.dcp_native import NativeFolder
 from distckpt.formats.dcp_safetensors import SafetensorsFolder
+from distckpt.formats.pth_folder import PthFolder
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
-
-INDEX = "model.safetensors.index.json"
 
 
 def native(path: Path, *names: str) -> None:
@@ -33,8 +32,14 @@ def weights(path: Path, *names: str, info: dict[str, Any] | None = None) -> None
     safetensors.torch.save_file({name: torch.ones(2) for name in names or ("w",)}, path, notes)
 
 
-def index(path: Path, **lies_in: Any) -> None:
-    (path / INDEX).write_text(json.dumps({"metadata": {"total_size": 8}, "weight_map": lies_in}))
+def pickled(path: Path, *names: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({name: torch.ones(2) for name in names or ("w",)}, path)
+
+
+def index(path: Path, whole: str = "model.safetensors", **lies_in: Any) -> None:
+    told = {"metadata": {"total_size": 8}, "weight_map": lies_in}
+    (path / f"{whole}.index.json").write_text(json.dumps(told))
 
 
 @pytest.mark.parametrize(
@@ -153,22 +158,79 @@ def test_files_that_may_be_several_models_are_refused_by_their_names(tmp_path):
         find(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "file", ["../a.safetensors", "/a.safetensors", "sub/a.safetensors", "a.bin", "", 3, None, "a\0.safetensors"]
-)
-def test_an_index_that_leaves_the_folder_is_refused(tmp_path, file):
-    weights(tmp_path / "a.safetensors")
-    index(tmp_path, w=file)
-    with pytest.raises(DamagedCheckpoint, match=r"index\.json: .* is no safetensors file of this folder"):
-        find(tmp_path)
+@pytest.mark.parametrize("whole", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("file", ["../a{}", "/a{}", "sub/a{}", "{}/", "a.pth", "", "..", 3, None, "a\0{}"])
+def test_an_index_that_leaves_the_folder_is_refused(tmp_path, file, whole):
+    suffix = Path(whole).suffix
+    (tmp_path / "there").mkdir()
+    for place in (tmp_path / f"a{suffix}", tmp_path / "there" / f"a{suffix}", tmp_path / f"there/sub/a{suffix}"):
+        (pickled if suffix == ".bin" else weights)(place)
+    index(tmp_path / "there", whole, w=file.format(suffix) if isinstance(file, str) else file)
+    with pytest.raises(DamagedCheckpoint, match=rf"{whole}\.index\.json: .* is no {suffix} file of this folder"):
+        find(tmp_path / "there")
 
 
+@pytest.mark.parametrize("whole", ["model.safetensors", "pytorch_model.bin"])
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": NaN}}', "[" * 100_000])
-def test_an_index_that_is_none_is_refused(tmp_path, text):
-    weights(tmp_path / "a.safetensors")
-    (tmp_path / INDEX).write_text(text)
-    with pytest.raises(DamagedCheckpoint, match=r"model\.safetensors\.index\.json"):
+def test_an_index_that_is_none_is_refused(tmp_path, text, whole):
+    (tmp_path / f"{whole}.index.json").write_text(text)
+    (tmp_path / f"other{Path(whole).suffix}").touch()
+    with pytest.raises(DamagedCheckpoint, match=rf"{whole}\.index\.json"):
         find(tmp_path)
+
+
+# Of before there was safetensors
+
+
+def test_a_pickled_model_is_found_beside_pickles_of_all_else_wherever_the_trainer_put_it(tmp_path):
+    for number in (20, 100):
+        pickled(tmp_path / f"checkpoint-{number}/pytorch_model.bin", f"of {number}")
+        pickled(tmp_path / f"checkpoint-{number}/optimizer.bin", "state")
+    pickled(tmp_path / "checkpoint-1000/training_args.bin", "other")
+    found = find(tmp_path)
+    assert isinstance(found, PthFolder) and found.tensors == ["of 100"] and found.values == []
+    assert Path(found.url).name == "checkpoint-100"
+
+
+def test_an_index_says_which_pickles_and_what_of_them(tmp_path):
+    pickled(tmp_path / "pytorch_model-00001-of-00002.bin", "a", "b")
+    pickled(tmp_path / "pytorch_model-00002-of-00002.bin", "c")
+    pickled(tmp_path / "pytorch_model.bin", "other")
+    names = {"a": "pytorch_model-00001-of-00002.bin", "c": "pytorch_model-00002-of-00002.bin"}
+    index(tmp_path, "pytorch_model.bin", **names)
+    assert find(tmp_path).tensors == ["a", "c"]
+    index(tmp_path, "pytorch_model.bin", **{**names, "d": names["c"]})
+    with pytest.raises(DamagedCheckpoint, match=r"-00002-of-00002\.bin does not hold 'd', and its index says so"):
+        find(tmp_path)
+    index(tmp_path, "pytorch_model.bin", **{**names, "d": "pytorch_model-3.bin"})
+    with pytest.raises(DamagedCheckpoint, match=r"pytorch_model-3\.bin is missing"):
+        find(tmp_path)
+
+
+def test_pickles_without_an_index_are_the_model_if_all_are_there_and_none_holds_what_another_does(tmp_path):
+    for nth in (1, 2):
+        pickled(tmp_path / f"pytorch_model-0000{nth}-of-00002.bin", f"w{nth}")
+    pickled(tmp_path / "optimizer-00001-of-00009.bin", "state")
+    assert find(tmp_path).tensors == ["w1", "w2"]
+    pickled(tmp_path / "pytorch_model-00002-of-00002.bin", "w1")
+    with pytest.raises(DamagedCheckpoint, match=r"-00002-of-00002\.bin holds 'w1', and so does another file"):
+        find(tmp_path)
+    (tmp_path / "pytorch_model-00002-of-00002.bin").unlink()
+    with pytest.raises(DamagedCheckpoint, match=r"pytorch_model-00002-of-00002\.bin is missing"):
+        find(tmp_path)
+
+
+def test_where_there_are_both_no_pickle_is_read(tmp_path):
+    pickled(tmp_path / "pytorch_model.bin")
+    weights(tmp_path / "model.safetensors")
+    assert isinstance(find(tmp_path), SafetensorsFolder)
+
+
+def test_a_pickle_may_be_a_link_as_in_the_cache_of_hugging_face(tmp_path):
+    pickled(tmp_path / "blobs/123")
+    (tmp_path / "snapshot").mkdir()
+    (tmp_path / "snapshot/pytorch_model.bin").symlink_to("../blobs/123")
+    assert find(tmp_path / "snapshot").tensors == ["w"]
 
 
 def test_links_are_followed_as_the_cache_of_hugging_face_needs(tmp_path):
@@ -176,9 +238,9 @@ def test_links_are_followed_as_the_cache_of_hugging_face_needs(tmp_path):
     snapshot.mkdir(parents=True)
     weights(blobs / "123")
     index(blobs, w="model-00001-of-00001.safetensors")
-    (blobs / INDEX).rename(blobs / "456")
+    (blobs / "model.safetensors.index.json").rename(blobs / "456")
     (snapshot / "model-00001-of-00001.safetensors").symlink_to("../../blobs/123")
-    (snapshot / INDEX).symlink_to("../../blobs/456")
+    (snapshot / "model.safetensors.index.json").symlink_to("../../blobs/456")
     assert [*find(snapshot).tensors] == ["w"]
 
 
@@ -188,7 +250,7 @@ def nothing(path: Path) -> None:
 
 def other_files(path: Path) -> None:
     path.mkdir()
-    (path / "pytorch_model.bin").write_bytes(b"")
+    (path / "training_args.bin").write_bytes(b"")
     (path / "step-").mkdir()
 
 

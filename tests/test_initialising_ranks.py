@@ -182,29 +182,33 @@ def test_what_others_saved_on_some_ranks_starts_modules_on_others(run_ranks, tmp
             same(saved[0], started)
 
 
-@pytest.mark.parametrize("name", ["weights.pth", "weights.safetensors", "folder"])
+@pytest.mark.parametrize("name", ["weights.pth", "old.pth", "weights.safetensors", "folder", "pickled folder"])
 def test_whole_weights_start_modules_that_are_spread_over_ranks(run_ranks, tmp_path, name):
     model = net("plain")
-    if name == "folder":
-        hugging_face(tmp_path / name, model)
-    elif name == "weights.pth":
-        torch.save(model.state_dict(), tmp_path / name)
+    if name.endswith("folder"):
+        hugging_face(tmp_path / name, model, is_pickled=name != "folder")
+    elif name.endswith(".pth"):
+        torch.save(model.state_dict(), tmp_path / name, _use_new_zipfile_serialization=name != "old.pth")
     else:
         safetensors.torch.save_file(model.state_dict(), tmp_path / name)
     for started in run_ranks(2, start, str(tmp_path / "run"), str(tmp_path / name), "fsdp"):
         same(told(model.state_dict()), started)
 
 
-def hugging_face(path: Path, model: nn.Module) -> None:
-    """As ``save_pretrained`` of transformers cuts a model into files."""
+def hugging_face(path: Path, model: nn.Module, *, is_pickled: bool) -> None:
+    """As ``save_pretrained`` of transformers cuts a model into files, or did until 2023."""
     path.mkdir()
     state = model.state_dict()
-    names = [f"model-0000{nth}-of-00003.safetensors" for nth in (1, 2, 3)]
+    stem, suffix = ("pytorch_model", ".bin") if is_pickled else ("model", ".safetensors")
+    names = [f"{stem}-0000{nth}-of-00003{suffix}" for nth in (1, 2, 3)]
     lies_in = {key: names[nth % 3] for nth, key in enumerate(state)}
     for name in names:
         held = {key: one.contiguous() for key, one in state.items() if lies_in[key] == name}
-        safetensors.torch.save_file(held, path / name, {"format": "pt"})
-    (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": lies_in}))
+        if is_pickled:
+            torch.save(held, path / name)
+        else:
+            safetensors.torch.save_file(held, path / name, {"format": "pt"})
+    (path / f"{stem}{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": lies_in}))
     (path / "config.json").write_text("{}")
 
 
