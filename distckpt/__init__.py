@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from distckpt.checkpointer import Checkpointer
+    from distckpt.dcp_reader import CheckpointReader
     from distckpt.errors import (
         DamagedCheckpoint,
         DirectoryInUse,
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CheckpointHook",
+    "CheckpointReader",
     "Checkpointer",
     "DamagedCheckpoint",
     "DirectoryInUse",
@@ -47,6 +49,7 @@ _HOMES = {
     **dict.fromkeys(__all__, "distckpt.errors"),
     "Checkpointer": "distckpt.checkpointer",
     "CheckpointHook": "distckpt.hook",
+    "CheckpointReader": "distckpt.dcp_reader",
     "export": "distckpt.exporting",
 }
 

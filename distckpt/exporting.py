@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Collection, Generator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from distckpt import layout
-from distckpt.catalog import is_passing, read_manifest, read_record, refuse_newer, scan
+from distckpt.candidates import Candidate, Source, candidates_of, damage_in
 from distckpt.errors import DamagedCheckpoint, NoCheckpoint
 from distckpt.formats import Image, Opened, Piece
 from distckpt.formats.export_dcp import DcpExport
@@ -25,7 +25,6 @@ from distckpt.formats.export_safetensors import SafetensorsExport
 from distckpt.formats.known import get_format
 from distckpt.formats.placeholders import Placeholders, flat, without_tensors
 from distckpt.formats.streaming import whole
-from distckpt.manifest import Manifest, Record
 from distckpt.placing import place
 from distckpt.ranks import LEADER
 from distckpt.retention import parse_bytes
@@ -38,8 +37,6 @@ _log = logging.getLogger("distckpt")
 _KINDS = ("pth", "safetensors", "hf", "dcp")
 _MAX_SHARD_BYTES = "5GB"
 _MODEL_IN_PTH = "state_dict"  # MMEngine's word
-
-Source = str | os.PathLike[str]
 
 
 class Kind(Protocol):
@@ -142,7 +139,7 @@ def export(
     may_replace = kind.is_one if overwrite else None
     _refuse_in_checkpoint(place)
     refuse_taken(place, may_replace)
-    candidates, is_choice = _candidates(checkpoint)
+    candidates, is_choice = candidates_of(checkpoint)
     skipped: list[str] = []
     for one in candidates:
         try:
@@ -155,37 +152,6 @@ def export(
     raise NoCheckpoint(f"{checkpoint}: none of the committed checkpoints can be read ({', '.join(skipped)})")
 
 
-@dataclass(frozen=True)
-class _Candidate:
-    """A checkpoint.
-
-    Attributes:
-        record: what binds it; ``None`` where it was copied away, and its manifest has to do.
-    """
-
-    store: LocalStore
-    name: str
-    record: Record | None
-
-    @property
-    def place(self) -> Path:
-        return self.store.root / self.name
-
-    def manifest(self) -> Manifest:
-        """What it is.
-
-        Raises:
-            DamagedCheckpoint, OSError: where that is not what was committed, or cannot be read now.
-        """
-        if self.record is None:
-            path = f"{self.name}/{layout.MANIFEST}"
-            return Manifest.from_json(self.store.read(path), path)
-        manifest = read_manifest(self.store, self.record)
-        if manifest.progress != self.record.progress:
-            raise DamagedCheckpoint(f"{self.name}: its manifest is of step {manifest.progress.step}")
-        return manifest
-
-
 def _pretrained_of(checkpoint: Source) -> Path | None:
     """Where config and tokenizer are, in the directory of the run that ``checkpoint`` is, or is of."""
     path = Path(checkpoint).resolve()
@@ -193,38 +159,14 @@ def _pretrained_of(checkpoint: Source) -> Path | None:
     return next((place for place in places if (place / "config.json").is_file()), None)
 
 
-def _candidates(checkpoint: Source) -> tuple[list[_Candidate], bool]:
-    """The checkpoints that are meant, the newest first; and whether that is a run's, of which any will do."""
-    path = Path(checkpoint).resolve()
-    store = LocalStore(path.parent)
-    if (store.root / layout.record_of(path.name)).exists():
-        return [_Candidate(store, path.name, read_record(store, path.name))], False
-    if path.is_file():
-        raise NoCheckpoint(
-            f"{checkpoint} is not committed: there is no {layout.record_of(path.name)} beside it, so nothing proves it"
-        )
-    if (path / layout.MANIFEST).exists():
-        return [_Candidate(store, path.name, None)], False
-    if not path.is_dir():
-        raise NoCheckpoint(f"{checkpoint} is neither a checkpoint nor a run's directory")
-    store = LocalStore(path)
-    listing = scan(store)
-    refuse_newer(listing)
-    for name, error in listing.unreadable.items():
-        _log.warning("%s is passed over: %s", name, error)
-    if not listing.records:
-        raise NoCheckpoint(f"{checkpoint} holds no committed checkpoint")
-    return [_Candidate(store, record.name, record) for record in reversed(listing.records)], True
-
-
 class _Export:
     """One checkpoint, on its way to one target."""
 
-    def __init__(self, one: _Candidate, kind: Kind, part: str | None, dtype: torch.dtype | None) -> None:
+    def __init__(self, one: Candidate, kind: Kind, part: str | None, dtype: torch.dtype | None) -> None:
         self._one = one
         self._kind = kind
         self._placeholders = Placeholders(dtype)
-        with _damage_in(one.name):
+        with damage_in(one.name):
             self._manifest = one.manifest()
             self._opened, found = self._open(part)
         parts = {name: self._placeholders.replaced(state) for name, state in found.items()}
@@ -270,22 +212,11 @@ class _Export:
         wanted = {id(tensor): tensor for image in images for tensor in image.tensors}
         standing = {id(one): one for one in map(self._placeholders.standing.__getitem__, wanted)}
         arrays = [one for one in self._placeholders.arrays if id(one) in standing]
-        with _damage_in(self._one.name):
+        with damage_in(self._one.name):
             if arrays:
                 self._opened.fill([])  # which fills them
             others = [one for key, one in standing.items() if key not in set(map(id, arrays))]
             yield from chain(self._opened.pieces(others), (whole(one, one) for one in arrays))
-
-
-@contextmanager
-def _damage_in(name: str) -> Iterator[None]:
-    """What cannot be read, and will not be later, is damage."""
-    try:
-        yield
-    except (OSError, EOFError) as error:
-        if is_passing(error):
-            raise
-        raise DamagedCheckpoint(f"{name} cannot be read: {error}") from error
 
 
 def _refuse_in_checkpoint(target: Path) -> None:

@@ -72,7 +72,8 @@ HANDS = {
     ),
     *(f"engine.{name}" for name in ENGINE),
 }
-INTRODUCED = {"capturing", "choosing", "exporting", "initialising", "publishing", "hook_words"}
+CANDIDATES = {"candidates"}
+INTRODUCED = {"capturing", "choosing", "dcp_reader", "exporting", "initialising", "publishing", "hook_words"}
 RESUMING = {"policy", "resuming", "saver", "step_body"}
 RUNS = {"checkpointer", "runner_run"}
 HOOK = {"hook"}
@@ -80,7 +81,7 @@ DOORS = {"testing"}
 
 FLOORS = [
     *([GROUND], [WORDS], [RECORDS], [POLICIES], [CONTRACTS], [FLOWS, HANDS]),
-    *([INTRODUCED], [RESUMING], [RUNS], [HOOK], [DOORS]),
+    *([CANDIDATES], [INTRODUCED], [RESUMING], [RUNS], [HOOK], [DOORS]),
 ]
 NAMED = [name for floor in FLOORS for room in floor for name in room]
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
-from torch.distributed.checkpoint.metadata import MetadataIndex, StorageMeta
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 
 from distckpt.formats import Image, Sum
@@ -32,12 +32,10 @@ class DcpExport:
     leaves_out_values = False
 
     def lay_out(self, state: Any) -> list[Image]:
-        planner = DefaultSavePlanner()  # torch's own: so keys and metadata are those that its loading expects
-        planner.set_up_planner(_listed(state), is_coordinator=True)
-        ([plan], metadata) = planner.create_global_plan([planner.create_local_plan()])
+        metadata, items = as_torch_sees(state)
         data = _Data()
-        for item in planner.finish_plan(plan).items:
-            data.add(item, planner.resolve_data(item))
+        for item, value in items:
+            data.add(item, value)
         metadata.storage_data = data.places
         metadata.storage_meta = StorageMeta()
         metadata.version = CURRENT_DCP_VERSION
@@ -51,6 +49,19 @@ class DcpExport:
         return not names or (
             _METADATA in names and all(name == _METADATA or name.endswith(".distcp") for name in names)
         )
+
+
+def as_torch_sees(state: Any) -> tuple[Metadata, list[tuple[WriteItem, Tensor | io.BytesIO]]]:
+    """What a planner of torch makes of it, so that keys and metadata are those that its loading expects: each tensor is
+    that of ``state``, and of what is none there are the bytes that it would write.
+
+    Raises:
+        ValueError: naming what has no place there.
+    """
+    planner = DefaultSavePlanner()
+    planner.set_up_planner(_listed(state), is_coordinator=True)
+    ([plan], metadata) = planner.create_global_plan([planner.create_local_plan()])
+    return metadata, [(item, planner.resolve_data(item)) for item in planner.finish_plan(plan).items]
 
 
 @dataclass
