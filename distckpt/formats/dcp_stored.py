@@ -55,6 +55,10 @@ def read_stored(data: bytes) -> tuple[Stored, int]:
     return stored, end
 
 
+# What is told of each tensor behind its storage: first, sizes, strides, needs_gradient, hooks.
+_OF_EACH = 5
+
+
 def _storage(told: object) -> _Storage:
     """What is meant by a persistent id."""
     if type(told) is not tuple or len(told) != 5 or told[0] != "storage":
@@ -77,47 +81,34 @@ def _tensor(
     """In the place of ``torch._utils._rebuild_tensor_v2``."""
     if type(storage) is not _Storage or storage.dtype is None:
         raise ValueError("a tensor has no storage")
-    return _in(storage, storage.dtype, storage.held, first, sizes, strides, noted)
-
-
-def _tensor_of(
-    storage: object,
-    first: object,
-    sizes: object,
-    strides: object,
-    needs_gradient: object,
-    hooks: object,
-    dtype: object,
-    noted: object = None,
-) -> Stored:
-    """In the place of ``torch._utils._rebuild_tensor_v3``."""
-    if type(storage) is not _Storage or storage.dtype is not None or not isinstance(dtype, torch.dtype):
-        raise ValueError("a tensor has no storage")
-    if storage.held % dtype.itemsize:
-        raise ValueError(f"{storage.held} bytes are none of {dtype}")
-    return _in(storage, dtype, storage.held // dtype.itemsize, first, sizes, strides, noted)
-
-
-def _parameter(tensor: object, needs_gradient: object, hooks: object) -> object:
-    """In the place of ``torch._utils._rebuild_parameter``."""
-    return tensor
-
-
-def _in(
-    storage: _Storage, dtype: torch.dtype, count: int, first: object, sizes: object, strides: object, noted: object
-) -> Stored:
     if type(first) is not int or first < 0 or not _are_extents(sizes) or not _are_extents(strides):
         raise ValueError("a tensor has no shape")
     assert isinstance(sizes, tuple) and isinstance(strides, tuple), "they were looked at"
     if len(sizes) != len(strides):
         raise ValueError("a tensor has other numbers of extents and of strides")
     last = first + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
-    if 0 not in sizes and last >= count:
-        raise ValueError(f"the last element of a tensor is {last} of {count}")
+    if 0 not in sizes and last >= storage.held:
+        raise ValueError(f"the last element of a tensor is {last} of {storage.held}")
     notes = noted if type(noted) is dict else {}
     if not set(notes) <= {"conj", "neg"}:
         raise ValueError("a tensor has notes that are not known here")
-    return Stored(storage.key, dtype, count, first, sizes, strides, bool(notes.get("conj")), bool(notes.get("neg")))
+    is_conj, is_neg = bool(notes.get("conj")), bool(notes.get("neg"))
+    return Stored(storage.key, storage.dtype, storage.held, first, sizes, strides, is_conj, is_neg)
+
+
+def _tensor_of(storage: object, *told: object) -> Stored:
+    """In the place of ``torch._utils._rebuild_tensor_v3``: of bytes, and with their dtype before what is noted."""
+    lies, dtype, noted = told[:_OF_EACH], told[_OF_EACH], told[_OF_EACH + 1 :]
+    if type(storage) is not _Storage or storage.dtype is not None or not isinstance(dtype, torch.dtype):
+        raise ValueError("a tensor has no storage")
+    if storage.held % dtype.itemsize:
+        raise ValueError(f"{storage.held} bytes are none of {dtype}")
+    return _tensor(_Storage(storage.key, dtype, storage.held // dtype.itemsize), *lies, *noted)
+
+
+def _parameter(tensor: object, needs_gradient: object, hooks: object) -> object:
+    """In the place of ``torch._utils._rebuild_parameter``."""
+    return tensor
 
 
 def _are_extents(values: object) -> bool:
