@@ -78,6 +78,33 @@ class AutoMetric:
         return Metric(name, self.rule or infer_rule(name, self.greater_keys, self.less_keys))
 
 
+class BestBy:
+    """The metrics by which checkpoints are best.
+
+    Attributes:
+        asked: what ``save_best`` asks for; with ``"auto"`` the first report settles which one.
+        keep: how many of the best are kept for each metric, so also how many count as best.
+    """
+
+    def __init__(self, asked: tuple[Metric, ...] | AutoMetric, keep: int) -> None:
+        self.asked = asked
+        self.keep = keep
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        """Those that are known by now."""
+        return () if isinstance(self.asked, AutoMetric) else self.asked
+
+    def settle(self, reported: Mapping[str, object]) -> None:
+        """``"auto"`` means the first metric that was reported, from now on.
+
+        Raises:
+            ValueError: where its rule cannot be inferred.
+        """
+        if isinstance(self.asked, AutoMetric):
+            self.asked = (self.asked.settle(reported),)
+
+
 def parse_metrics(
     save_best: str | list[str] | None,
     rule: str | list[str] | None = None,
@@ -180,7 +207,12 @@ def improves(metric: Metric, value: float | None, records: Iterable[Record], kee
     """Whether a new checkpoint with ``value`` would be among the best ``keep``; a tie loses to the older one."""
     if value is None or not math.isfinite(value):
         return False
-    return sum(not metric.is_better(value, one.metrics[metric.name]) for one in ranking(metric, records)) < keep
+    return ahead_of(metric, value, [one.metrics[metric.name] for one in ranking(metric, records)]) < keep
+
+
+def ahead_of(metric: Metric, value: float, scores: Iterable[float]) -> int:
+    """How many of these older ``scores`` ``value`` does not beat."""
+    return sum(not metric.is_better(value, score) for score in scores)
 
 
 def _check_rule(rule: str) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from distckpt import policy, words
 from distckpt.accelerator_state import is_accelerator
-from distckpt.best import Metric, parse_metrics
+from distckpt.best import BestBy, Metric, parse_metrics
 from distckpt.buffers import parse_mode
 from distckpt.capturing import Capturing
 from distckpt.catalog import scan
@@ -140,7 +140,7 @@ class Checkpointer:
         policy.check({**locals()})
         schedule = Schedule.parse(interval, begin=save_begin)
         self._save_last = save_last
-        metrics = parse_metrics(save_best, rule, greater_keys, less_keys)
+        self._best_by = BestBy(parse_metrics(save_best, rule, greater_keys, less_keys), max_keep_best)
         kept = dict(max_keep_ckpts=max_keep_ckpts, keep_every=keep_every, keep_for=keep_for, keep_bytes=keep_bytes)
         buffers_mode = parse_mode(sync_buffers)
         self._init_from = os.fspath(init_from) if init_from is not None else None
@@ -151,8 +151,8 @@ class Checkpointer:
         ranks = detect(timeout)
         size = expected_size(self._parts.shared.values())
         chosen = choose_format(format, size, ranks, planner=planner, writers_per_node=writers_per_node)
-        self._judge = Judge(metrics, max_keep_best, ranks=ranks, records=lambda: self._run.known_records())
-        keeping = LabelledKeeping(kept, self._judge)
+        self._judge = Judge(self._best_by, ranks=ranks, records=lambda: self._run.known_records())
+        keeping = LabelledKeeping(kept, self._best_by)
         self._stager = Stager(snapshot, arena_bytes=arena_bytes, modules=self._parts.modules.values())
         capturing = Capturing(self._parts, chosen, self._stager, ranks)
         to_leader(ranks, "look at the state", capturing.check)
@@ -423,4 +423,4 @@ class Checkpointer:
         return verdict.is_best
 
     def _known(self) -> tuple[list[Record], tuple[Metric, ...]]:
-        return scan(self._run.store).records, self._judge.metrics
+        return scan(self._run.store).records, self._best_by.metrics

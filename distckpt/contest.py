@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from distckpt.best import AutoMetric, Metric, ranking
+from distckpt.best import BestBy, Metric, ahead_of, ranking
 from distckpt.manifest import Record
 from distckpt.retention import BEST
 
@@ -27,29 +27,13 @@ class Contest:
     """Judges reports against the best files that are there, so that a restart changes nothing.
 
     Attributes:
-        asked: the metrics; with ``"auto"`` the first report settles which one.
-        keep: how many of the best are kept for each metric, so also how many count as best.
+        best_by: by which metrics.
         elsewhere: the best score by a metric that no record here tells of; None where there is none.
     """
 
-    def __init__(self, asked: tuple[Metric, ...] | AutoMetric, keep: int) -> None:
-        self.asked = asked
-        self.keep = keep
+    def __init__(self, best_by: BestBy) -> None:
+        self.best_by = best_by
         self.elsewhere: Callable[[Metric], float | None] = lambda metric: None
-
-    @property
-    def metrics(self) -> tuple[Metric, ...]:
-        """The metrics that are known by now."""
-        return () if isinstance(self.asked, AutoMetric) else self.asked
-
-    def settle(self, reported: Mapping[str, object]) -> None:
-        """``"auto"`` means the first metric that was reported, from now on.
-
-        Raises:
-            ValueError: where its rule cannot be inferred.
-        """
-        if isinstance(self.asked, AutoMetric):
-            self.asked = (self.asked.settle(reported),)
 
     def judge(self, reported: Mapping[str, object], records: Iterable[Record]) -> Verdict:
         """What ``reported`` changes, where ``records`` are those of the run.
@@ -58,14 +42,14 @@ class Contest:
             KeyError, TypeError: where a metric is missing or no number, see `Metric.value_in`.
         """
         linked = links(records)
-        values = {metric: metric.value_in(reported) for metric in self.metrics}  # all, before any counts
+        values = {metric: metric.value_in(reported) for metric in self.best_by.metrics}  # all, before any counts
         wins: dict[str, float] = {}
         tops: list[str] = []
         for metric, value in values.items():
             if value is None:
                 continue
-            ahead = sum(not metric.is_better(value, rival) for rival in self._rivals(metric, linked))
-            if ahead < self.keep:
+            ahead = ahead_of(metric, value, self._rivals(metric, linked))
+            if ahead < self.best_by.keep:
                 wins[metric.name] = value
             if ahead == 0:
                 tops.append(metric.name)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distckpt import hook_words, layout, message_hub
-from distckpt.best import AUTO, DEFAULT_GREATER_KEYS, DEFAULT_LESS_KEYS, AutoMetric, parse_keys, parse_metrics
+from distckpt.best import AUTO, DEFAULT_GREATER_KEYS, DEFAULT_LESS_KEYS, AutoMetric, BestBy, parse_keys, parse_metrics
 from distckpt.contest import Contest, Verdict
 from distckpt.errors import DistckptError
 from distckpt.linked_keeping import LAST, is_periodic
@@ -110,9 +110,8 @@ class CheckpointHook:
         self._extras = hook_words.Extras.parse(max_keep_ckpts, kwargs)
         self.greater_keys = parse_keys(greater_keys, self._default_greater_keys, "greater_keys")
         self.less_keys = parse_keys(less_keys, self._default_less_keys, "less_keys")
-        self._contest = Contest(
-            parse_metrics(save_best, rule, greater_keys, less_keys), keep=self._extras.max_keep_best
-        )
+        metrics = parse_metrics(save_best, rule, greater_keys, less_keys)
+        self._contest = Contest(BestBy(metrics, self._extras.max_keep_best))
         self.save_best = [save_best] if isinstance(save_best, str) else save_best
         self.best_ckpt_path: str | None
         self.best_ckpt_path_dict: dict[str, str | None]
@@ -128,13 +127,13 @@ class CheckpointHook:
     @property
     def key_indicators(self) -> list[str]:
         """The metrics of ``save_best``; ``"auto"`` until the first report says which one that is."""
-        asked = self._contest.asked
+        asked = self._contest.best_by.asked
         return [AUTO] if isinstance(asked, AutoMetric) else [one.name for one in asked]
 
     @property
     def rules(self) -> list[str | None]:
         """The rule of each of `key_indicators`."""
-        asked = self._contest.asked
+        asked = self._contest.best_by.asked
         return [asked.rule] if isinstance(asked, AutoMetric) else [one.rule for one in asked]
 
     def get_triggered_stages(self) -> list[str]:

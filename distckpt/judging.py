@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from distckpt.best import AutoMetric, Metric, as_number, improves
+from distckpt.best import AutoMetric, BestBy, Metric, as_number, improves
 from distckpt.manifest import Record
 from distckpt.ranks import Json, Ranks, from_leader
 
@@ -19,33 +19,17 @@ class Verdict:
 
 
 class Judge:
-    """Judges reports by the metrics of ``save_best``, against the records on disk, so that a restart changes nothing.
+    """Judges reports against the records on disk, so that a restart changes nothing.
 
     Args:
+        best_by: by which metrics; the first report settles what ``"auto"`` is, on all ranks.
         records: those of this run, read on the leader.
-
-    Attributes:
-        asked: the metrics; with ``"auto"`` the first report settles which one, on all ranks.
-        keep: how many of the best are kept for each metric, so also how many count as best.
     """
 
-    def __init__(
-        self,
-        asked: tuple[Metric, ...] | AutoMetric,
-        keep: int,
-        *,
-        ranks: Ranks,
-        records: Callable[[], Sequence[Record]],
-    ) -> None:
-        self.asked = asked
-        self.keep = keep
+    def __init__(self, best_by: BestBy, *, ranks: Ranks, records: Callable[[], Sequence[Record]]) -> None:
+        self._best_by = best_by
         self._ranks = ranks
         self._records = records
-
-    @property
-    def metrics(self) -> tuple[Metric, ...]:
-        """The metrics that are known by now."""
-        return () if isinstance(self.asked, AutoMetric) else self.asked
 
     def numbers(self, reported: Mapping[str, object]) -> dict[str, float | None]:
         """The numbers in ``reported``, ``None`` for what is not finite. Not collective: it raises on the rank at fault
@@ -55,23 +39,23 @@ class Judge:
             KeyError: where a metric is missing; the message names the nearest.
             TypeError: where it is no number.
         """
-        judged = {metric.name: metric.value_in(reported) for metric in self.metrics}
+        judged = {metric.name: metric.value_in(reported) for metric in self._best_by.metrics}
         others = {name: _finite(value, name) for name, value in reported.items() if name not in judged}
         return {name: judged.get(name, others.get(name)) for name in reported}
 
     def judge(self, numbers: Mapping[str, float | None]) -> Verdict:
         """What rank 0's ``numbers`` mean. Collective."""
-        if isinstance(self.asked, AutoMetric):
-            auto = self.asked
+        if isinstance(auto := self._best_by.asked, AutoMetric):
             name, rule = from_leader(self._ranks, "choice of a metric", lambda: _spell(auto.settle(numbers)))
-            self.asked = (Metric(name, rule),)
+            self._best_by.asked = (Metric(name, rule),)
         metrics, is_best = from_leader(self._ranks, "report of metrics", lambda: self._verdict(numbers))
         return Verdict(metrics, is_best)
 
     def _verdict(self, numbers: Mapping[str, float | None]) -> Json:
         finite = {name: number for name, number in numbers.items() if number is not None}
         records = self._records()
-        is_best = any(improves(one, finite.get(one.name), records, self.keep) for one in self.metrics)
+        keep = self._best_by.keep
+        is_best = any(improves(one, finite.get(one.name), records, keep) for one in self._best_by.metrics)
         return [finite, is_best]
 
 

@@ -7,9 +7,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from distckpt import layout
-from distckpt.best import ranking
+from distckpt.best import BestBy, ranking
 from distckpt.catalog import Catalog
-from distckpt.judging import Judge
 from distckpt.manifest import Record
 from distckpt.retention import Retention
 
@@ -18,12 +17,13 @@ class LabelledKeeping:
     """Deletes by a retention, and labels with links: ``latest`` and ``best-<metric>``; see `distckpt.run.Keeping`.
 
     Args:
-        words: those of `Retention.parse`, but for the metrics, which the judge knows.
+        words: those of `Retention.parse`, but for the metrics.
+        best_by: these.
     """
 
-    def __init__(self, words: Mapping[str, Any], judge: Judge) -> None:
+    def __init__(self, words: Mapping[str, Any], best_by: BestBy) -> None:
         self._words = dict(words)
-        self._judge = judge
+        self._best_by = best_by
         self._retention()  # finds wrong words now, and not after the first save
 
     def to_delete(self, records: Sequence[Record]) -> list[Record]:
@@ -32,9 +32,9 @@ class LabelledKeeping:
     def label(self, catalog: Catalog, records: Sequence[Record]) -> None:
         if records:
             catalog.store.point(layout.LATEST, records[-1].name)
-        for metric in self._judge.metrics:
+        for metric in self._best_by.metrics:
             if ranked := ranking(metric, records):
                 catalog.store.point(layout.best_label(metric.name), ranked[0].name)
 
     def _retention(self) -> Retention:
-        return Retention.parse(metrics=self._judge.asked, max_keep_best=self._judge.keep, **self._words)
+        return Retention.parse(metrics=self._best_by.asked, max_keep_best=self._best_by.keep, **self._words)

@@ -7,8 +7,9 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
+from distckpt.best import BestBy
 from distckpt.catalog import Catalog
-from distckpt.contest import Contest, is_link, links
+from distckpt.contest import is_link, links
 from distckpt.manifest import Record
 from distckpt.progress import Progress
 from distckpt.retention import BEST, KeepBest, Retention, parse_bytes
@@ -26,16 +27,17 @@ class LinkedKeeping:
     is no limit, when nothing goes but links.
 
     Args:
-        words: those of `Retention.parse`, but for the metrics, which the contest knows.
+        words: those of `Retention.parse`, but for the metrics.
+        best_by: these.
         by_epoch: whether ``keep_every`` counts epochs.
         pointed: the name of the file that a restart would read, which stays whatever the rules say.
     """
 
     def __init__(
-        self, words: Mapping[str, Any], contest: Contest, *, by_epoch: bool, pointed: Callable[[], str | None]
+        self, words: Mapping[str, Any], best_by: BestBy, *, by_epoch: bool, pointed: Callable[[], str | None]
     ) -> None:
         self._words = dict(words)
-        self._contest = contest
+        self._best_by = best_by
         self._by_epoch = by_epoch
         self._pointed = pointed
         budget = words.get("keep_bytes")
@@ -61,9 +63,9 @@ class LinkedKeeping:
         """The links that are no longer among the best. Those by a metric that nobody asks for (any more, or yet) are
         not judged."""
         beaten = []
-        for metric in self._contest.metrics:
+        for metric in self._best_by.metrics:
             mine = [record for record in linked if metric.name in record.metrics]
-            kept = KeepBest(metric, self._contest.keep).kept(mine)
+            kept = KeepBest(metric, self._best_by.keep).kept(mine)
             beaten += [record for record in mine if record.name not in kept]
         return beaten
 

@@ -66,7 +66,7 @@ class RunnerRun:
                 ranks=ranks,
                 format=self._format,
                 get_format=get_format,
-                keeping=LinkedKeeping(extras.keeping, contest, by_epoch=by_epoch, pointed=self._pointer.name),
+                keeping=LinkedKeeping(extras.keeping, contest.best_by, by_epoch=by_epoch, pointed=self._pointer.name),
                 timeout=extras.timeout,
                 continues=continues,
             )
@@ -167,7 +167,7 @@ class RunnerRun:
             self._errors += 1
             self.run.ranks.fork(f"error {self._errors}").close()  # the leader leaves last: who reads needs its store
             raise _RAISED[told["raised"]](told["words"])
-        self.contest.asked = tuple(Metric(name, rule) for name, rule in told["metrics"])
+        self.contest.best_by.asked = tuple(Metric(name, rule) for name, rule in told["metrics"])
         return Verdict(told["wins"], tuple(told["tops"]))
 
     def standing(self, elsewhere: Callable[[Metric], tuple[float, str] | None]) -> dict[str, tuple[float, str]]:
@@ -266,12 +266,12 @@ class RunnerRun:
         if not reported:
             return None
         try:
-            self.contest.settle(reported)
+            self.contest.best_by.settle(reported)
             verdict = self.contest.judge(reported, self.run.own_records())
         except (KeyError, TypeError, ValueError) as error:
             return {"raised": type(error).__name__, "words": str(error.args[0] if error.args else error)}
         return {
-            "metrics": [[metric.name, metric.rule] for metric in self.contest.metrics],
+            "metrics": [[metric.name, metric.rule] for metric in self.contest.best_by.metrics],
             "wins": dict(verdict.wins),
             "tops": list(verdict.tops),
         }
@@ -290,7 +290,7 @@ class RunnerRun:
         self.contest.elsewhere = score_of
         standing: dict[str, Json] = {}
         linked = links(self.run.own_records())
-        for metric in self.contest.metrics:
+        for metric in self.contest.best_by.metrics:
             there, here = remembered(metric), ranking(metric, linked)[:1]
             if here and (there is None or not metric.is_better(there[0], here[0].metrics[metric.name])):
                 standing[metric.name] = [here[0].metrics[metric.name], self.path(here[0].name)]

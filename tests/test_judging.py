@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from distckpt.best import AutoMetric, Metric
+from distckpt.best import AutoMetric, BestBy, Metric
 from distckpt.errors import RankFailure
 from distckpt.judging import Judge, Verdict
 from distckpt.manifest import Record
@@ -26,7 +26,7 @@ def record(serial: int, **metrics: float) -> Record:
 
 
 def judge(*metrics: Metric, keep: int = 1, records: Any = ()) -> Judge:
-    return Judge(metrics, keep, ranks=Solo(), records=lambda: list(records))
+    return Judge(BestBy(metrics, keep), ranks=Solo(), records=lambda: list(records))
 
 
 def verdict(judge: Judge, **reported: object) -> Verdict:
@@ -96,17 +96,18 @@ def test_a_metric_that_is_no_number_is_refused_by_its_name(value):
 
 
 def test_auto_takes_the_first_metric_that_is_reported_and_stays_with_it():
-    one = Judge(AutoMetric(), 1, ranks=Solo(), records=list)
-    assert one.metrics == ()
+    best_by = BestBy(AutoMetric(), 1)
+    one = Judge(best_by, ranks=Solo(), records=list)
+    assert best_by.metrics == ()
     assert verdict(one, acc=0.5, loss=1.0).is_best
-    assert one.metrics == (ACC,)
+    assert best_by.metrics == (ACC,)
     with pytest.raises(KeyError, match="metric acc was not reported"):
         one.numbers({"loss": 1.0})
 
 
 @pytest.mark.parametrize("reported", [{}, {"speed": 3.0}])
 def test_auto_that_cannot_be_settled_is_an_error(reported):
-    one = Judge(AutoMetric(), 1, ranks=Solo(), records=list)
+    one = Judge(BestBy(AutoMetric(), 1), ranks=Solo(), records=list)
     with pytest.raises(RankFailure, match="choice of a metric failed: rank 0: ValueError"):
         verdict(one, **reported)
 
@@ -117,8 +118,9 @@ def test_rank_0_decides_and_all_ranks_learn_it(asked):
     records = [record(1, loss=2.0)]
 
     def work(ranks: Any) -> Any:
-        one = Judge(asked, 1, ranks=ranks, records=lambda: records if ranks.rank == 0 else [])
-        return verdict(one, **reported[ranks.rank]), one.metrics
+        best_by = BestBy(asked, 1)
+        one = Judge(best_by, ranks=ranks, records=lambda: records if ranks.rank == 0 else [])
+        return verdict(one, **reported[ranks.rank]), best_by.metrics
 
     told = on_threads(thread_ranks(3), work)
     assert told == [(Verdict({"loss": 1.0}, is_best=True), (LOSS,))] * 3
@@ -129,7 +131,7 @@ def test_records_that_cannot_be_read_are_an_error_on_all_ranks():
         raise OSError(5, "Input/output error", "/run")
 
     def work(ranks: Any) -> Any:
-        return verdict(Judge((LOSS,), 1, ranks=ranks, records=gone), loss=1.0)
+        return verdict(Judge(BestBy((LOSS,), 1), ranks=ranks, records=gone), loss=1.0)
 
     told = on_threads(thread_ranks(2), work)
     assert all(isinstance(one, RankFailure) and "Input/output error: '/run'" in str(one) for one in told)

@@ -9,13 +9,11 @@ from typing import Any
 import pytest
 
 from distckpt.attempt import Attempt, Holder
-from distckpt.best import AutoMetric, Metric
+from distckpt.best import AutoMetric, BestBy, Metric
 from distckpt.catalog import Catalog
-from distckpt.judging import Judge
 from distckpt.keeping import LabelledKeeping
 from distckpt.manifest import Record
 from distckpt.progress import Progress
-from distckpt.ranks import Solo
 from distckpt.stores.local import LocalStore
 
 LOSS = Metric("val/loss", "less")
@@ -31,8 +29,7 @@ def record(step: int, *, age: timedelta = timedelta(0), size: int = 10, **metric
 
 
 def keeping(*metrics: Metric, auto: bool = False, keep: int = 1, **words: Any) -> LabelledKeeping:
-    judge = Judge(AutoMetric() if auto else metrics, keep, ranks=Solo(), records=list)
-    return LabelledKeeping(words, judge)
+    return LabelledKeeping(words, BestBy(AutoMetric() if auto else metrics, keep))
 
 
 @pytest.mark.parametrize(
@@ -62,9 +59,9 @@ def test_the_best_by_each_metric_are_kept():
 
 def test_a_metric_that_auto_settles_later_is_kept_from_then_on():
     records = [record(1, val_loss=1.0), record(2, val_loss=3.0), record(3, val_loss=2.0)]
-    judge = Judge(AutoMetric(), 1, ranks=Solo(), records=lambda: records)
-    one = LabelledKeeping({"max_keep_ckpts": 1}, judge)
-    judge.judge({"val/loss": 9.0})
+    best_by = BestBy(AutoMetric(), 1)
+    one = LabelledKeeping({"max_keep_ckpts": 1}, best_by)
+    best_by.settle({"val/loss": 9.0})
     assert [one.progress.step for one in one.to_delete(records)] == [2]
 
 
