@@ -22,7 +22,7 @@ import torch
 from flows import Gated
 from torch import nn
 
-from distckpt import Checkpointer, NoCheckpoint, SaveFailed, StateMismatch, agreeing
+from distckpt import Checkpointer, NoCheckpoint, SaveFailed, StateMismatch
 from distckpt.catalog import Catalog, scan
 from distckpt.engine.stager import Stager
 from distckpt.manifest import Record
@@ -89,23 +89,6 @@ def resumed(out_dir: Path, which: str | int = "latest", **words: Any) -> tuple[i
 @pytest.fixture
 def out_dir(tmp_path: Path) -> Path:
     return tmp_path / "runs" / "one"
-
-
-class Clock:
-    """Time that passes when it is told to."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(agreeing, "time", clock)
-    return clock
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sharded_programs import Holder
 from standing import Standing, put_in
 from torch import Tensor, nn
 
@@ -327,22 +328,9 @@ def test_a_program_on_a_device_is_filled_there():
     assert torch.equal(optimizer.state[module.weight]["exp_avg"].cpu(), moments.state[saved.weight]["exp_avg"])
 
 
-class Part:
-    """A part with tensors anywhere in its state."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def state_dict(self) -> Any:
-        return self.value
-
-    def load_state_dict(self, state: Any) -> None:
-        self.value = state
-
-
 def test_any_other_part_is_given_new_tensors():
     tensor = torch.arange(3)
-    live = Part(None)
+    live = Holder(None)
     put_in(*matched({"p": live}, {"p": {"deep": [(tensor, 1), {"er": tensor}], "none": None}}))
-    assert str(live.value) == str({"deep": [(tensor, 1), {"er": tensor}], "none": None})
-    assert live.value["deep"][0][0].data_ptr() != tensor.data_ptr()
+    assert str(live.tensors) == str({"deep": [(tensor, 1), {"er": tensor}], "none": None})
+    assert live.tensors["deep"][0][0].data_ptr() != tensor.data_ptr()

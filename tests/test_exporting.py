@@ -22,6 +22,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from every_dtype import of_every_dtype
 from flows import write_now
+from sharded_programs import Holder
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -38,19 +39,6 @@ from distckpt.progress import Progress
 from distckpt.stores.local import LocalStore
 
 FORMATS = ("full", "sharded")
-
-
-class Holder:
-    """A part of a state that is just what it is."""
-
-    def __init__(self, state: Any) -> None:
-        self.state = state
-
-    def state_dict(self) -> Any:
-        return self.state
-
-    def load_state_dict(self, state: Any) -> None:
-        self.state = state
 
 
 def save(run: Path, format: str, steps: int = 1, **state: Any) -> Path:

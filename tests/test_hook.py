@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from runners import Hub
 from torch import nn
 
 from distckpt import CheckpointHook, DirectoryInUse, RankFailure, SaveFailed
@@ -28,19 +29,6 @@ from distckpt.formats.pth import read_pth
 from distckpt.hook_words import OURS
 from distckpt.stores import Store, local
 from distckpt.testing import FaultyStore
-
-
-class Hub:
-    """What the hook asks of a message hub."""
-
-    def __init__(self) -> None:
-        self.runtime_info: dict[str, Any] = {}
-
-    def update_info(self, key: str, value: Any) -> None:
-        self.runtime_info[key] = value
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"runtime_info": dict(self.runtime_info)}
 
 
 class Loop:

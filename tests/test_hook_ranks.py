@@ -13,22 +13,12 @@ from typing import Any
 import torch
 import torch._dynamo  # DDP imports it, and without this each forked rank would for itself
 import torch.distributed as dist
+from runners import Hub
 from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from distckpt import CheckpointHook, RankFailure, SaveFailed
 from distckpt.engine.snapshot import Staging
-
-
-class Hub:
-    def __init__(self) -> None:
-        self.runtime_info: dict[str, Any] = {}
-
-    def update_info(self, key: str, value: Any) -> None:
-        self.runtime_info[key] = value
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"runtime_info": dict(self.runtime_info)}
 
 
 class Loop:

@@ -114,6 +114,18 @@ def on_ranks(count: int, work: Callable[..., object]) -> list[object]:
     return results
 
 
+def save_two(count, root):
+    """A run of so many ranks saved its steps 1 and 2."""
+
+    def work(ranks):
+        run = open_run(ranks, root)
+        for step in (1, 2):
+            save(run, step, wait=True)
+        run.close()
+
+    on_ranks(count, work)
+
+
 def test_a_store_knows_how_many_ranks_of_the_machine_use_it(tmp_path, monkeypatch):
     machines = iter(["one", "other", "one", "one", "other"])
     monkeypatch.setattr("distckpt.run.platform.node", lambda: next(machines))
@@ -541,19 +553,13 @@ def test_what_is_not_kept_is_deleted_what_is_labelled_is_found_and_left_overs_ar
 
 
 def test_checkpoints_of_another_run_are_neither_counted_nor_deleted(tmp_path):
-    def other(ranks):
-        run = open_run(ranks, tmp_path)
-        for step in (1, 2):
-            save(run, step, wait=True)
-        run.close()
-
     def work(ranks):
         run = open_run(ranks, tmp_path, keeping=KeepNewest(1), continues="")
         for step in (3, 4):
             save(run, step, wait=True)
         run.close()
 
-    on_ranks(1, other)
+    save_two(1, tmp_path)
     on_ranks(1, work)
     assert names(tmp_path) == ["step-00000001", "step-00000002", "step-00000004"]
 
@@ -713,12 +719,6 @@ def test_a_restore_waits_for_the_save_in_flight(tmp_path):
 
 
 def test_what_a_resume_found_damaged_is_left_alone_and_not_counted(tmp_path):
-    def first(ranks):
-        run = open_run(ranks, tmp_path)
-        for step in (1, 2):
-            save(run, step, wait=True)
-        run.close()
-
     def second(ranks):
         run = open_run(ranks, tmp_path, keeping=KeepNewest(1))
         restored = run.restore(whole)
@@ -727,7 +727,7 @@ def test_what_a_resume_found_damaged_is_left_alone_and_not_counted(tmp_path):
         run.close()
         return restored.record.name
 
-    on_ranks(2, first)
+    save_two(2, tmp_path)
     (tmp_path / "step-00000002" / layout.rank_file(1)).write_bytes(b"damaged")
     assert on_ranks(2, second) == ["step-00000001"] * 2
     assert names(tmp_path) == ["step-00000002", "step-00000003"]

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from distckpt import agreeing
 from distckpt.agreeing import Request, Requests
 from distckpt.progress import Progress
 from distckpt.ranks import Ranks, Solo
@@ -22,23 +21,6 @@ from distckpt.testing import on_threads, thread_ranks
 from distckpt.triggers import Triggers
 
 SOON = timedelta(seconds=5)
-
-
-class Clock:
-    """Time that passes when it is told to."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(agreeing, "time", clock)
-    return clock
 
 
 class Wanted:
