@@ -83,11 +83,11 @@ class BoardRanks:
         if self.rank == LEADER:
             answer = self._gather(during, post, summary)
             if "failures" not in answer:
-                self._tidy(self._round - 1)
+                self._tidy(self._round - 1, during)
             self._post(self._key("all"), json.dumps(answer), during)
         else:
             answer = json.loads(self._await_leader(during))
-            self._tidy(self._round - 1)
+            self._tidy(self._round - 1, during)
         self._mine.append((self._round, self._key(self.rank)))
         if self.rank == LEADER:
             self._mine.append((self._round, self._key("all")))
@@ -102,7 +102,7 @@ class BoardRanks:
             self._post(self._key("all"), json.dumps({"during": during, "value": value}, allow_nan=False), during)
             self._mine.append((self._round, self._key("all")))
             if self._round % _ROUNDS_BETWEEN_LOOKS == 0:
-                self._tidy(self._read_by_all(during))
+                self._tidy(self._read_by_all(during), during)
             return value
         answer = json.loads(self._await_word(self._key("all"), during, self._seconds))
         if self._round % _ROUNDS_BETWEEN_LOOKS == 0:
@@ -172,7 +172,7 @@ class BoardRanks:
         failures |= _elsewhere(during, {rank: post["during"] for rank, post in found.items()})
         if failures:
             return {"during": during, "failures": tell_failures(failures)}
-        self._forget(min(post["heard"] for post in found.values()))
+        self._forget(min(post["heard"] for post in found.values()), during)
         return {"during": during, "value": summary([post["value"] for post in found.values()])}
 
     def _read(self, answer: Json, during: str) -> Json:
@@ -214,19 +214,19 @@ class BoardRanks:
     def _linger(self, keys: list[str], during: str) -> None:
         self._await(keys, during, min(_PARTING_SECONDS, self._seconds))
 
-    def _tidy(self, read: int) -> None:
+    def _tidy(self, read: int, during: str) -> None:
         """What this rank said until the round ``read`` is gone: everybody has come further, so all have read it."""
         for _, key in [(number, key) for number, key in self._mine if number <= read]:
-            self._board.remove(key)
+            self._remove(key, during)
         self._mine = [(number, key) for number, key in self._mine if number > read]
 
     def _read_by_all(self, during: str) -> int:
         keys = [f"{self._name}/read/{rank}" for rank in range(1, self.world_size)]
         return min(int(text or 0) for text in self._await(keys, during, seconds=0))
 
-    def _forget(self, heard: int) -> None:
+    def _forget(self, heard: int, during: str) -> None:
         for number in range(self._forgotten + 1, heard + 1):
-            self._board.remove(f"{self._name}/told/{number}")
+            self._remove(f"{self._name}/told/{number}", during)
         self._forgotten = max(self._forgotten, heard)
 
     def _post(self, key: str, value: str, during: str) -> None:
@@ -234,6 +234,9 @@ class BoardRanks:
 
     def _look(self, keys: Sequence[str], during: str) -> Sequence[str] | None:
         return self._guarded(during, lambda: self._board.look(keys))
+
+    def _remove(self, key: str, during: str) -> None:
+        self._guarded(during, lambda: self._board.remove(key))
 
     def _guarded(self, during: str, call: Callable[[], T]) -> T:
         try:

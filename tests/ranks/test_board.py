@@ -26,6 +26,7 @@ class OpenBoard(MemoryBoard):
         self.looked: set[str] = set()
         self.most = 0
         self.is_gone = False
+        self.removals_left = 1_000_000
 
     def post(self, key, value):
         self.refuse()
@@ -39,6 +40,8 @@ class OpenBoard(MemoryBoard):
         return super().look(keys)
 
     def remove(self, key):
+        self.removals_left -= 1
+        self.is_gone = self.is_gone or self.removals_left < 0
         self.refuse()
         self.keys.discard(key)
         super().remove(key)
@@ -156,6 +159,14 @@ def test_a_board_that_is_gone_is_an_error_of_every_method_that_talks(board):
     ):
         with pytest.raises(RankFailure, match="its store is gone .ConnectionError: no route to the board"):
             talk()
+
+
+@pytest.mark.parametrize("removals", range(15))
+def test_a_board_that_goes_while_somebody_takes_words_down_is_the_leaders_failure(board, removals):
+    """As when the leader is killed while another rank still reads what it said last: that rank is not the one lost."""
+    board.removals_left = removals
+    told = on_threads(ranks_on(board), lambda ranks: talk_of_all_kinds(ranks, 20))
+    assert [list(one) for one in failures(told)] == [[0]] * 3
 
 
 def test_a_board_that_goes_after_a_failure_does_not_hide_it(board):
