@@ -72,7 +72,7 @@ def _run(
     rank: int, world_size: int, folder: str, writer: Connection, work: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
     try:
-        store = _meet(rank, world_size, Path(folder) / "port")
+        store = meet(rank, world_size, Path(folder) / "port")
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=60))
         told = ("returned", work(rank, *args))
     except BaseException as error:  # told to the test, which judges it
@@ -82,8 +82,9 @@ def _run(
     os._exit(0)  # without the parent's exit handlers
 
 
-def _meet(rank: int, world_size: int, place: Path) -> dist.TCPStore:
-    if rank == 0:
+def meet(rank: int, world_size: int, place: Path, *, host: int = 0) -> dist.TCPStore:
+    """The store of the ranks, in the process of ``host``, which tells its port in the new file ``place``."""
+    if rank == host:
         store = dist.TCPStore("127.0.0.1", 0, world_size, is_master=True, wait_for_workers=False)
         draft = place.with_suffix(".draft")
         draft.write_text(str(store.port))

@@ -31,3 +31,10 @@ def trainings(library: Path) -> Iterator[Forks]:
     """Forks of a process that has imported torch and distckpt: a training costs 0.1 s, not 3."""
     with Forks(library, "workload") as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def ranks(library: Path) -> Iterator[Forks]:
+    """As ``trainings``, of what the ranks of a sharded training do."""
+    with Forks(library, "sharded_training") as running:
+        yield running

@@ -18,24 +18,26 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/sendfile.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
+#include <time.h>
 #include <unistd.h>
 
 #define EXPORT __attribute__((visibility("default")))
 #define NAME_BYTES (PATH_MAX + 512)
 
 enum kind { CHANGES = 1, READS = 2 };
-enum action { NOTHING, KILL, KILL_HALFWAY, FAIL, FAIL_FROM_HERE, SHORTEN };
+enum action { NOTHING, KILL, KILL_HALFWAY, FAIL, FAIL_FROM_HERE, SHORTEN, PAUSE };
 
 static struct {
     char root[PATH_MAX];
     int log, content;
     long content_bytes;
     long count, chosen;
-    int kinds, action, error;
+    int kinds, action, error, who;
 } box = {.log = -1, .content = -1};
 
 static pthread_mutex_t one_at_a_time = PTHREAD_MUTEX_INITIALIZER;
@@ -47,19 +49,21 @@ static pthread_mutex_t one_at_a_time = PTHREAD_MUTEX_INITIALIZER;
 
 /* ---- what the tests call --------------------------------------------------------------------------------------- */
 
-/* Number the calls of these kinds below root from 1 on; write them to trace/calls and trace/content if trace is given. */
-EXPORT int fault_watch(const char *root, int kinds, const char *trace) {
+/* Number the calls of these kinds below root from 1 on; write them to trace/calls and trace/content if trace is given,
+ * where several processes, each of which is called who, may write. */
+EXPORT int fault_watch(const char *root, int kinds, const char *trace, int who) {
     if (!realpath(root, box.root))
         return -1;
     box.count = box.chosen = box.content_bytes = 0;
     box.kinds = kinds;
+    box.who = who;
     box.action = NOTHING;
     if (trace) {
         char path[NAME_BYTES];
         snprintf(path, sizeof path, "%s/calls", trace);
-        box.log = syscall(SYS_openat, AT_FDCWD, path, O_WRONLY | O_CREAT | O_EXCL | O_APPEND | O_CLOEXEC, 0644);
+        box.log = syscall(SYS_openat, AT_FDCWD, path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0644);
         snprintf(path, sizeof path, "%s/content", trace);
-        box.content = syscall(SYS_openat, AT_FDCWD, path, O_WRONLY | O_CREAT | O_EXCL | O_APPEND | O_CLOEXEC, 0644);
+        box.content = syscall(SYS_openat, AT_FDCWD, path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0644);
         if (box.log < 0 || box.content < 0)
             return -1;
     }
@@ -80,8 +84,10 @@ EXPORT void fault_note(const char *text) {
     pthread_mutex_lock(&one_at_a_time);
     if (box.log >= 0) {
         char line[NAME_BYTES];
-        int length = snprintf(line, sizeof line, "0\tnote\t0\t0\t%s\t\t0\t0\n", text);
+        int length = snprintf(line, sizeof line, "%d\t0\tnote\t0\t0\t%s\t\t0\t0\n", box.who, text);
+        syscall(SYS_flock, box.log, LOCK_EX);
         syscall(SYS_write, box.log, line, (size_t)length);
+        syscall(SYS_flock, box.log, LOCK_UN);
     }
     pthread_mutex_unlock(&one_at_a_time);
 }
@@ -156,7 +162,8 @@ static void die(void) {
         pause();
 }
 
-/* Holds the lock from here to end(): the order in the trace is the order in which things happened. */
+/* Holds the lock from here to end(), that of all processes with this trace, too: the order in the trace is the order in
+ * which things happened. */
 static void begin(struct call *call, const char *name, enum kind kind, int takes_space) {
     pthread_mutex_lock(&one_at_a_time);
     call->name = name;
@@ -171,6 +178,12 @@ static void begin(struct call *call, const char *name, enum kind kind, int takes
         call->verdict = box.action;
     if (call->verdict == KILL)
         die();
+    if (call->verdict == PAUSE) { /* this process stands still, no other one does */
+        struct timespec rest = {box.error / 1000, box.error % 1000 * 1000000L};
+        nanosleep(&rest, NULL);
+    }
+    if (box.log >= 0)
+        syscall(SYS_flock, box.log, LOCK_EX);
 }
 
 static void end(struct call *call, int error, ino_t inode, off_t offset, long length, int fd) {
@@ -192,9 +205,10 @@ static void end(struct call *call, int error, ino_t inode, off_t offset, long le
                 abort();
             syscall(SYS_close, again);
         }
-        int size = snprintf(line, sizeof line, "%ld\t%s\t%d\t%lu\t%s\t%s\t%ld\t%ld\n", call->number, call->name, error,
-                            (unsigned long)inode, call->path, call->other, (long)offset, length);
+        int size = snprintf(line, sizeof line, "%d\t%ld\t%s\t%d\t%lu\t%s\t%s\t%ld\t%ld\n", box.who, call->number,
+                            call->name, error, (unsigned long)inode, call->path, call->other, (long)offset, length);
         syscall(SYS_write, box.log, line, (size_t)size);
+        syscall(SYS_flock, box.log, LOCK_UN);
     }
     pthread_mutex_unlock(&one_at_a_time);
 }

@@ -29,6 +29,7 @@ class Action(IntEnum):
     FAIL = 3
     FAIL_FROM_HERE = 4  # this call and every later one that needs space: the disk is full
     SHORTEN = 5  # half of the bytes, which is not an error
+    PAUSE = 6  # it happens so many milliseconds later as ``error`` says
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ class Fault:
 class Call:
     """One call as it happened. ``error`` is its errno, 0 for success; paths are relative to the root.
 
-    ``number`` 0 is no call but a note: a word of the process, in ``path``.
+    ``number`` 0 is no call but a note: a word of the process, in ``path``. ``who`` made it, where several processes
+    have one trace.
     """
 
     number: int
@@ -56,6 +58,7 @@ class Call:
     offset: int
     length: int
     content: bytes
+    who: int = 0
 
     def __str__(self) -> str:
         to = f" {self.other}" if self.other else ""
@@ -80,11 +83,12 @@ def build(folder: Path) -> Path:
     return target
 
 
-def watch(root: Path, kinds: Kind = Kind.CHANGES, trace: Path | None = None) -> None:
-    """Number the calls below ``root`` from here on, and write them to the new folder ``trace`` if it is given."""
-    if trace is not None:
-        trace.mkdir()
-    if _preloaded().fault_watch(os.fsencode(root), int(kinds), os.fsencode(trace) if trace else None):
+def watch(root: Path, kinds: Kind = Kind.CHANGES, trace: Path | None = None, who: int = 0) -> None:
+    """Number the calls below ``root`` from here on, and write them to the folder ``trace`` if it is given.
+
+    Processes that write to one trace are called ``who`` there, and make their calls one after the other.
+    """
+    if _preloaded().fault_watch(os.fsencode(root), int(kinds), os.fsencode(trace) if trace else None, who):
         raise OSError(f"the shim cannot watch {root}")
 
 
@@ -105,10 +109,11 @@ def read_trace(folder: Path) -> list[Call]:
     content = (folder / "content").read_bytes()
     calls = []
     for line in (folder / "calls").read_text().splitlines():
-        number, name, error, inode, path, other, offset, length = line.split("\t")
+        who, number, name, error, inode, path, other, offset, length = line.split("\t")
         wrote = int(length) if name == "write" and error == "0" else 0
         piece, content = content[:wrote], content[wrote:]
-        calls.append(Call(int(number), name, int(error), int(inode), path, other, int(offset), int(length), piece))
+        place = int(offset), int(length)
+        calls.append(Call(int(number), name, int(error), int(inode), path, other, *place, piece, int(who)))
     return calls
 
 
@@ -122,6 +127,6 @@ def kills(calls: list[Call]) -> list[Fault]:
 def _preloaded() -> ctypes.CDLL:
     library = ctypes.CDLL(None)
     library.fault_arm.argtypes = [ctypes.c_long, ctypes.c_int, ctypes.c_int]
-    library.fault_watch.argtypes = [ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p]
+    library.fault_watch.argtypes = [ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_int]
     library.fault_note.argtypes = [ctypes.c_char_p]
     return library

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import shim
 from disk_tree import without_identity
-from forks import Forks
+from forks import Forks, Order
 from power import Disk
 from shim import Action, Fault, Kind
-from touches import put, put_beside, read, report_errors, touch_in_every_way
+from touches import put, put_beside, put_in_turns, read, report_errors, touch_in_every_way
 
 
 def trace_of(forks: Forks, work: Callable[..., None], folder: Path, kinds: Kind = Kind.CHANGES) -> list[shim.Call]:
@@ -46,6 +46,22 @@ def test_every_way_to_change_a_file_is_in_the_trace(forks: Forks, tmp_path: Path
         disk.apply(call)
     assert without_identity(disk.tree()) == without_identity(Disk.scan(tmp_path / "root").tree())
     assert set(disk.tree()) == {"copied", "named", "one", "tree", "tree/three", "way"}
+
+
+def test_processes_with_one_trace_are_in_it_in_the_order_of_their_calls(forks: Forks, tmp_path: Path) -> None:
+    (root := tmp_path / "root").mkdir()
+    disk = Disk.scan(root)
+    words = [{"name": "one"}, {"name": "two"}]
+    orders = [Order(put_in_turns, root, told, trace=tmp_path / "trace", who=who) for who, told in enumerate(words)]
+    (outcomes,) = forks.run_groups([orders])
+    assert [one.code for one in outcomes] == [0, 0], outcomes
+    calls = shim.read_trace(tmp_path / "trace")
+    whose = [call.who for call in calls]
+    assert whose.count(0) == whose.count(1) and whose != sorted(whose)
+    for call in calls:
+        disk.apply(call)
+        assert call.name != "write" or call.content.startswith(words[call.who]["name"].encode())
+    assert without_identity(disk.tree()) == without_identity(Disk.scan(root).tree())
 
 
 @pytest.mark.parametrize(

@@ -71,5 +71,12 @@ def touch_in_every_way(root: Path) -> None:
     os.link(f"/proc/self/fd/{nameless}", "named", src_dir_fd=at, follow_symlinks=True)
 
 
+def put_in_turns(root: Path, *, name: str) -> None:
+    """Files of others are replaced, which do the same."""
+    for number in range(1000):
+        (root / name).write_bytes(f"{name} {number}".encode() * 300)
+        (root / name).replace(root / "name")
+
+
 def put_beside(root: Path) -> None:
     put(root.parent)

@@ -102,7 +102,7 @@ def train(root: Path, *, more: int, is_async: bool, is_forgiving: bool = False, 
 def judge(root: Path, *, cases: list[str]) -> None:
     """Go on in each of the folders ``cases`` where a process or a machine ended; tell what came out, as JSON."""
     for case in cases:
-        told = _Told()
+        told = Told()
         logging.getLogger("distckpt").addHandler(told)
         resumed, again, problems = -1, -1, []
         try:
@@ -139,7 +139,7 @@ def leftovers(run: Path) -> list[str]:
     return [f"left over: {name}" for name in sorted(left)]
 
 
-class _Told(logging.Handler):
+class Told(logging.Handler):
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
         self.warnings: list[str] = []
