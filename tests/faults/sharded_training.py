@@ -182,7 +182,8 @@ def go_on(root: Path, *, rank: int, meeting: str, cases: list[str]) -> None:
                 training.step()
                 checkpointer.step()
                 checkpointer.save(wait=True)
-            problems += leftovers(root / case / RUN)
+            if rank == 0:  # others may have closed it before the leader has deleted what it does
+                problems += leftovers(root / case / RUN)
         except Exception as error:  # what is judged may raise anything
             problems.append(f"{type(error).__name__}: {error}")
         logging.getLogger("distckpt").removeHandler(told)
