@@ -100,7 +100,7 @@ def export(
     config_from: Source | None = None,
 ) -> Exported:
     """``target`` is what others read, made from a checkpoint, of which every byte that was read was checked. It appears
-    whole and durable, or not at all.
+    whole and durable, or not at all; what exports that were killed have left in its folder is removed.
 
     It needs a few MiB of memory, and neither a model nor a process group.
     Values are exact to the last bit, but for ``dtype``.

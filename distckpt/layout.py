@@ -28,11 +28,14 @@ DRAFT_PREFIX = ".draft-"
 TRASH_PREFIX = ".trash-"
 SPARE_PREFIX = ".spare-"
 
-# What is being exported, wherever that is: it is no run's, so no run takes it for a draft of its own and deletes it.
+# What is being exported, wherever that is, and what it replaces: they are no run's, so no run takes them for drafts of
+# its own and deletes them.
 EXPORT_PREFIX = ".export-"
+REPLACED_PREFIX = ".replaced-"
 
 _STEP = re.compile(r"step-([0-9]{8,18})(?:\.([0-9]{1,9}))?")
 _ATTEMPT = re.compile(r"\.attempt-([0-9]{8,18})")
+_EXPORT = re.compile(r"\.export-.*-([0-9a-f]{8})-[0-9a-f]{8}", re.DOTALL)
 _SHARD = re.compile(r"rank-([0-9]{5,9})(?:\.[1-9][0-9]*)?\.safetensors")
 _SAFE = re.compile(r"[A-Za-z0-9_+=@,-][A-Za-z0-9._+=@, -]{0,199}")
 
@@ -152,6 +155,23 @@ def best_prefix(metric: str) -> str:
 def published_file(name: str, sha256: str) -> str:
     """The published form of the file ``name``, as ``torch.hub`` checks it: ``epoch_3-0a1b2c3d.pth``."""
     return f"{name.rpartition('.')[0] or name}-{sha256[:8]}.pth"
+
+
+def export_draft(name: str, domain: str, nonce: str) -> str:
+    """What will be called ``name``, while it is being exported. The others are of 8 hex digits: the ``domain`` says
+    where one can see whether that still goes on."""
+    return f"{EXPORT_PREFIX}{name[:50]}-{domain}-{nonce}"
+
+
+def domain_of_export(draft: str) -> str | None:
+    """The domain in an `export_draft`; ``None`` for every other name."""
+    match = _EXPORT.fullmatch(draft)
+    return match[1] if match else None
+
+
+def replaced(name: str) -> str:
+    """What was called ``name``, while something else comes to be called so."""
+    return f"{REPLACED_PREFIX}{name}"
 
 
 def is_safe(name: str) -> bool:

@@ -19,7 +19,7 @@ FLOWS = {
 HANDS_WITHOUT_TORCH = {
     "ranks.board",
     *("stores.direct", "stores.file_sink", "stores.file_source", "stores.local", "stores.naming", "stores.read_ahead"),
-    *("stores.appearing", "stores.new_file", "stores.spares"),
+    *("stores.appearing", "stores.leftovers", "stores.new_file", "stores.spares"),
 }
 ENGINE = {
     "ahead",

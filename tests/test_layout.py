@@ -83,3 +83,12 @@ def test_the_label_of_a_metric_is_still_legible():
 @pytest.mark.parametrize("name", [layout.RUN, layout.SAVE, layout.LOCK, layout.attempt_file(1), ".draft-x", ".trash-x"])
 def test_what_belongs_to_the_run_is_no_checkpoint(name):
     assert StepName.parse(name) is None and layout.recorded_by(name) is None
+
+
+@given(st.text(max_size=70))
+def test_a_draft_of_an_export_tells_its_domain_and_nothing_else_does(name):
+    draft = layout.export_draft(name, "0123abcd", "89abcdef")
+    assert layout.domain_of_export(draft) == "0123abcd"
+    assert len(draft.encode(errors="surrogatepass")) <= 255
+    assert layout.domain_of_export(name) is None or name.startswith(layout.EXPORT_PREFIX)
+    assert layout.domain_of_export(layout.replaced(name)) is None

@@ -131,6 +131,8 @@ class Disk:
                 moved = self._find(call.path)
                 if self._find(call.other) != moved:  # of two names of one file, rename changes neither
                     self._change({call.path: None, call.other: moved})
+            case "exchange":
+                self._change({call.path: self._find(call.other), call.other: self._find(call.path)})
             case "unlink" | "rmdir":
                 self._change({call.path: None})
             case "close" | "note" | "direct" | "cached":  # past the page cache is not yet on the disk
