@@ -67,11 +67,12 @@ class Checkpointer:
         keep_for: keep those younger than that, e.g. ``"7d"``.
         keep_bytes: the budget of the directory, e.g. ``"2TB"``. The oldest go first, never the newest or a best.
         format: ``"full"``: rank 0 writes one file for each part. ``"sharded"``: every rank writes what it has of
-            tensors that are spread over ranks (FSDP2, tensor parallel), and its share of those that are not; any number
+            tensors that are spread over ranks (FSDP, tensor parallel), and its share of those that are not; any number
             of ranks reads it. ``"auto"``: sharded where tensors are spread over ranks, or several ranks have more than
             2 GB to write; the log says so.
         planner: a ``SavePlanner`` of ``torch.distributed.checkpoint``: its ``create_local_plan``, ``lookup_object`` and
-            ``transform_object`` decide which tensors are saved, and as what. The format is sharded then.
+            ``transform_object`` decide which tensors are saved, and as what. The format is sharded then. A
+            ``LoadPlanner`` is given to torch's own loading, with `distckpt.CheckpointReader`.
         writers_per_node: in the sharded format, how many ranks of a machine write what several ranks hold alike, where
             they share one disk. None: all.
         async_save: whether training goes on while a save is written.
