@@ -240,10 +240,8 @@ def _joined(held: Sequence[tuple[Original | None, Mapping[str, Any] | None]], to
     joined: dict[str, Any] = {}
     for name in dict.fromkeys(chain.from_iterable(one or () for _, one in held)):
         values = [(original, one[name]) for original, one in held if original is not None and one and name in one]
-        if all(isinstance(value, Range) for _, value in values):
-            joined[name] = _elements(values, first)
-        else:
-            joined[name] = _one_of(name, values, told)
+        parts = [(original, value) for original, value in values if isinstance(value, Range)]
+        joined[name] = _elements(parts, first) if parts else _one_of(name, values, told)
     told += [
         f"{original.name} (there is nothing of it, so it has zeros, as {first.name} has something{_ONE})"
         for original, one in held

@@ -6,13 +6,15 @@ import os
 import sys
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from distckpt.flat_parameters import cut_in
 from distckpt.progress import Progress
 
 # Exactly these pass as they are; what is derived from them becomes one of them.
@@ -111,13 +113,20 @@ def optimizer_of(runner: Any) -> Any:
     """What holds the optimizer's state.
 
     Raises:
-        TypeError: where the runner has nothing that could.
+        TypeError: where the runner has nothing that could, or each rank has a piece of it.
     """
     found = optimizer_in(runner)
     if not is_built(runner):
         raise TypeError(
             "`optim_wrapper` of the runner should be an `OptimWrapper`, or an optimizer, with state_dict(), "
             f"but got {type(found)}; save_optimizer=False saves without it"
+        )
+    cut = {id(one) for one in cut_in(runner.model)} if isinstance(runner.model, nn.Module) else set()
+    if cut and any(id(one) in cut for one in _parameters_in(found)):
+        raise TypeError(
+            "each rank has a piece of the optimizer's state, as FullyShardedDataParallel (FSDP1) has cut its "
+            'parameters, and no .pth holds that: distckpt.Checkpointer(format="sharded") does; save_optimizer=False '
+            "saves without it"
         )
     return found
 
@@ -131,6 +140,13 @@ def optimizer_in(runner: Any) -> Any:
     """The runner's optimizer, or what it has in its place; None if nothing."""
     found = getattr(runner, "optim_wrapper", None)
     return getattr(runner, "optimizer", None) if found is None else found
+
+
+def _parameters_in(optimizer: Any) -> Iterator[Tensor]:
+    """Those of an optimizer, of what holds one, or of what holds several by name."""
+    groups = getattr(optimizer, "param_groups", ())
+    for group in chain.from_iterable(groups.values()) if isinstance(groups, dict) else groups:
+        yield from group["params"]
 
 
 def _meta(runner: Any, progress: Progress) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import torch._dynamo  # DDP imports it, and without this each forked rank would 
 import torch.distributed as dist
 from runners import Hub
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from distckpt import CheckpointHook, RankFailure, SaveFailed
@@ -240,6 +241,24 @@ def test_an_optimizer_whose_state_lies_on_all_ranks_is_gathered(run_ranks, tmp_p
     saved = torch.load(tmp_path / "epoch_2.pth", weights_only=True)
     assert sorted(saved["optimizer"]["state"]) == list(range(6))
     assert "0.weight" in saved["state_dict"], "without the prefix of DDP"
+
+
+def train_with_a_cut_optimizer(rank: int, folder: Path) -> Any:
+    told = []
+    for has_optimizer in (True, False):
+        loop = Loop(folder / str(has_optimizer), epochs=1, save_optimizer=has_optimizer, sync_buffers=False)
+        loop.model = FullyShardedDataParallel(loop.model.module, device_id=torch.device("cpu"), use_orig_params=True)
+        loop.optimizer = torch.optim.SGD(loop.model.parameters(), lr=0.01, momentum=0.9)
+        told.append(raised(loop.train))
+    return told
+
+
+def test_an_optimizer_of_which_each_rank_has_a_piece_is_refused_and_weights_alone_are_not(run_ranks, tmp_path):
+    for (kind, words), told in run_ranks(2, train_with_a_cut_optimizer, tmp_path):
+        assert kind == "TypeError" and "no .pth holds that" in words and told == ("", "")
+    assert not (tmp_path / "True" / "epoch_1.pth").exists()
+    saved = torch.load(tmp_path / "False" / "epoch_1.pth", weights_only=True)
+    assert saved["state_dict"]["0.weight"].shape == (3, 2) and "optimizer" not in saved
 
 
 def cannot_open(rank: int, folder: Path) -> tuple[str, str]:
