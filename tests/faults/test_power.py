@@ -78,6 +78,12 @@ def test_a_rename_across_folders_is_two_changes() -> None:
     assert {"folder": None, "folder/in": b"12", "old": b"12"} in states
 
 
+def test_two_names_are_exchanged_at_once_or_not() -> None:
+    made = call("create", "new"), call("write", "new", data=b"xy"), call("fsync", "new"), call("fsync", ".")
+    states = left(empty_disk(), *made, call("exchange", "new", "old"))
+    assert states == [{"old": b"xy", "new": b"12"}, {"old": b"12", "new": b"xy"}]
+
+
 def test_a_folder_whose_name_is_missing_takes_all_in_it_with_it() -> None:
     calls = call("mkdir", "folder"), call("create", "folder/in"), call("fsync", "folder/in"), call("fsync", "folder")
     assert left(empty_disk(), *calls) == [{"old": b"12", "folder": None, "folder/in": b""}, {"old": b"12"}]
@@ -94,8 +100,8 @@ def test_an_inode_number_that_is_used_again_is_another_file() -> None:
 
 
 def test_a_call_without_a_model_is_refused() -> None:
-    with pytest.raises(ValueError, match="no model of exchange old new"):
-        empty_disk().apply(call("exchange", "old", "new"))
+    with pytest.raises(ValueError, match="no model of fallocate-mode old"):
+        empty_disk().apply(call("fallocate-mode", "old"))
 
 
 def test_cuts_know_what_had_been_said_by_then() -> None:
