@@ -273,7 +273,7 @@ def restored(groups: tuple[TensorGroup, ...], state: str, ranks: int, tensors: i
             opened = OpenedSharded(Nothing(), "checkpoint", manifest, rank, None)  # type: ignore[arg-type]
             for kind, box in zip(holding.kinds, holding.boxes, strict=True):
                 if box is not None:
-                    reads += len(opened._layouts[kind.key].chunks_in(box.offsets, box.sizes))  # as `fill` does
+                    reads += len(opened._layouts[kind.key].cut.chunks_in(box.offsets, box.sizes))  # as `fill` does
         plannings.append((of_rank["restore"], reads))
     return {
         **seconds,

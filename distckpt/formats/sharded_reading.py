@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from distckpt import layout, strict_json
+from distckpt.chunks import Chunks
 from distckpt.errors import DamagedCheckpoint
 from distckpt.formats import Chunk, Piece, Snapshot
 from distckpt.formats import tree as trees
@@ -29,8 +30,8 @@ from distckpt.stores import Store
 _MOST_DIMENSIONS = 64
 
 
-class _Layout:
-    """How the tensors of one group lie."""
+class _Cut:
+    """How tensors of one dtype and shape are cut."""
 
     def __init__(self, group: TensorGroup, what: str) -> None:
         self.shape = group.shape
@@ -39,7 +40,7 @@ class _Layout:
         if self.dtype is None or not is_sane:
             raise DamagedCheckpoint(f"{_whose(group, what)} cannot be")
         try:
-            self._tiling = tiling_of(group.shape, group.file, group.chunks)
+            self._tiling = tiling_of(group.shape, group.chunks)
         except ValueError as error:
             raise DamagedCheckpoint(f"{_whose(group, what)} is not whole: {error}") from error
         self._known: dict[tuple[tuple[int, ...], tuple[int, ...]], list[Overlap]] = {}
@@ -49,6 +50,13 @@ class _Layout:
         if (known := self._known.get((offsets, sizes))) is None:
             known = self._known[offsets, sizes] = self._tiling.overlaps(offsets, sizes)
         return known
+
+
+class _Layout(NamedTuple):
+    """Where tensors lie: how they are cut, and the files that the chunks are in."""
+
+    cut: _Cut
+    files: Sequence[str]
 
 
 def _whose(group: TensorGroup, what: str) -> str:
@@ -63,9 +71,10 @@ class OpenedSharded:
         self._path = path
         self._entries = {entry.path: entry for entry in manifest.files}
         self._files: dict[str, ShardFile] = {}
+        self._cuts: dict[Hashable, _Cut] = {}
         self._layouts: dict[str, _Layout] = {}
         for group in manifest.tensors:
-            lies = _Layout(group, path)
+            lies = _Layout(self._cut_of(group), group.chunks.files if group.chunks else (group.file,))
             for key in group.keys:
                 if self._layouts.setdefault(key, lies) is not lies:
                     raise DamagedCheckpoint(f"{path}: {ascii(key)[:80]} stands twice in its manifest")
@@ -102,24 +111,36 @@ class OpenedSharded:
         for file in sorted(chunks):
             yield from self._file(file).pieces(chunks[file])
 
+    def _cut_of(self, group: TensorGroup) -> _Cut:
+        """How they are cut. What several ranks shared among them is in many groups that lie in other files each, and
+        are cut alike."""
+        if isinstance(group.chunks, Chunks):
+            return _Cut(group, self._path)
+        alike = group.dtype, group.shape, group.chunks and group.chunks.starts
+        if (known := self._cuts.get(alike)) is None:
+            known = self._cuts[alike] = _Cut(group, self._path)
+        return known
+
     def _chunks(self, key: str, standing: Tensor) -> Iterable[tuple[str, Chunk]]:
         """Where the parts of a tensor of the job lie."""
         lies = self._layouts[key]
-        parts = lies.chunks_in((0,) * len(lies.shape), lies.shape)
+        shape = lies.cut.shape
         dims = standing.ndim  # where it lies as bytes, there may be one more, that of the bytes of an element
-        return [(part.file, Chunk(standing, part.begins[:dims], part.shared[:dims])) for part in parts]
+        for part in lies.cut.chunks_in((0,) * len(shape), shape):
+            yield lies.files[part.nth], Chunk(standing, part.begins[:dims], part.shared[:dims])
 
     def _wanted(self, file: str, key: str, target: Tensor) -> Iterable[tuple[str, str, Wanted]]:
         if file:
             yield file, key, Wanted(None, (), target)
             return
         lies = self._layouts[key]
-        if lies.dtype is not target.dtype:
+        if lies.cut.dtype is not target.dtype:
             target = bytes_of(target)
         for box in boxes_of(target):
             view = view_of(target, box)
-            for chunk in lies.chunks_in(box.offsets, box.sizes):
-                yield chunk.file, key, Wanted(chunk.sizes, chunk.low, narrowed(view, chunk.begins, chunk.shared))
+            for chunk in lies.cut.chunks_in(box.offsets, box.sizes):
+                part = narrowed(view, chunk.begins, chunk.shared)
+                yield lies.files[chunk.nth], key, Wanted(chunk.sizes, chunk.low, part)
 
     def _shared(self, parts: Collection[str] | None) -> dict[str, Any]:
         """What the leader knew, and what other ranks knew beside."""
@@ -152,9 +173,9 @@ class OpenedSharded:
 
     def _find_shared(self, part: str, reference: Reference) -> Any:
         key = f"{part}.{reference.key}"
-        lies = self._layouts[key]
-        assert lies.dtype is not None, "others are refused"
-        return self._stand_in("", key, reference, lies.dtype, lies.shape)
+        cut = self._layouts[key].cut
+        assert cut.dtype is not None, "others are refused"
+        return self._stand_in("", key, reference, cut.dtype, cut.shape)
 
     def _stand_in(self, file: str, key: str, reference: Reference, dtype: torch.dtype, shape: tuple[int, ...]) -> Any:
         if reference.dtype is not None:

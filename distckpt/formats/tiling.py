@@ -1,10 +1,10 @@
-"""Which chunks of a tensor a box of it consists of, by how the manifest says that they lie."""
+"""Which chunks of a tensor a box of it consists of, by how the manifest says that it is cut."""
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import product
 from typing import NamedTuple, Protocol
 
@@ -17,9 +17,10 @@ Extents = tuple[int, ...]
 
 
 class Overlap(NamedTuple):
-    """A chunk in a file, and what of it is in a box: from where on in the chunk, from where on in the box, how much."""
+    """The how-manieth of the chunks it is, its sizes, and what of it is in a box: from where on in the chunk, from
+    where on in the box, how much."""
 
-    file: str
+    nth: int
     sizes: Extents
     low: Extents
     begins: Extents
@@ -34,8 +35,8 @@ class Tiling(Protocol):
         ...
 
 
-def tiling_of(shape: Extents, file: str, chunks: Chunks | Grid | None) -> Tiling:
-    """A tensor of that shape that lies in a file, or in chunks. What a `Grid` promises is taken as read.
+def tiling_of(shape: Extents, chunks: Chunks | Grid | None) -> Tiling:
+    """A tensor of that shape, cut into chunks, or whole. What a `Grid` promises is taken as read.
 
     Raises:
         ValueError: where some element is in no chunk, or in several.
@@ -43,51 +44,45 @@ def tiling_of(shape: Extents, file: str, chunks: Chunks | Grid | None) -> Tiling
     if isinstance(chunks, Grid):
         if chunks.shape != shape:
             raise ValueError(f"its parts are those of one of shape {chunks.shape}")
-        return _Cells(chunks)
-    return _Any(shape, chunks) if chunks else _Whole(file, shape)
-
-
-class _Whole:
-    def __init__(self, file: str, shape: Extents) -> None:
-        self._file, self._shape, self._nowhere = file, shape, (0,) * len(shape)
-
-    def overlaps(self, offsets: Extents, sizes: Extents) -> list[Overlap]:
-        return [Overlap(self._file, self._shape, offsets, self._nowhere, sizes)] if math.prod(sizes) else []
+        return _Cells(shape, chunks.starts)
+    return _Any(shape, chunks) if chunks else _Cells(shape, (range(1),) * len(shape))
 
 
 class _Cells:
-    def __init__(self, grid: Grid) -> None:
-        self._grid = grid
-        counts = [len(of) for of in grid.starts]
+    def __init__(self, shape: Extents, starts: Sequence[Sequence[int]]) -> None:
+        self._shape, self._starts = shape, starts
+        counts = [len(of) for of in starts]
         self._steps = [math.prod(counts[dim + 1 :]) for dim in range(len(counts))]
 
     def overlaps(self, offsets: Extents, sizes: Extents) -> list[Overlap]:
         if not math.prod(sizes):
             return []
-        spans = zip(self._grid.starts, self._grid.shape, self._steps, offsets, sizes, strict=True)
+        if not sizes:
+            return [Overlap(0, (), (), (), ())]
         found = []
-        for cell in product(*(_span(*span) for span in spans)):
-            numbers, *rows = zip(*cell, strict=True) if cell else ((), (), (), (), ())
-            found.append(Overlap(self._grid.files[sum(numbers)], *rows))
+        for cell in product(*map(_span, self._starts, self._shape, self._steps, offsets, sizes)):
+            numbers, extents, low, begins, shared = zip(*cell, strict=True)
+            found.append(Overlap(sum(numbers), extents, low, begins, shared))
         return found
 
 
-def _span(
-    starts: Sequence[int], extent: int, step: int, begin: int, size: int
-) -> Iterator[tuple[int, int, int, int, int]]:
+def _span(starts: Sequence[int], extent: int, step: int, begin: int, size: int) -> list[tuple[int, int, int, int, int]]:
     """The parts of a dimension that a range of it is in: what each adds to the number of a cell, its size, and from
     where on in it, from where on in the range, and how much of it that is."""
+    if len(starts) == 1:
+        return [(0, extent, begin, 0, size)]
     end = begin + size
+    found = []
     for nth in range(bisect_right(starts, begin) - 1, bisect_left(starts, end)):
         start = starts[nth]
         stop = starts[nth + 1] if nth + 1 < len(starts) else extent
         low, high = max(start, begin), min(stop, end)
-        yield nth * step, stop - start, low - start, low - begin, high - low
+        found.append((nth * step, stop - start, low - start, low - begin, high - low))
+    return found
 
 
 class _Any:
     def __init__(self, shape: Extents, chunks: Chunks) -> None:
-        self._files = chunks.files
         try:
             self._offsets, self._sizes = (
                 np.array(numbers, dtype=np.int64).reshape(len(chunks.files), len(shape))
@@ -105,6 +100,6 @@ class _Any:
         begins: Ints = low - np.array(offsets, dtype=np.int64)
         columns = (self._sizes[found], low - self._offsets[found], begins, high - low)
         return [
-            Overlap(self._files[number], *(tuple(row) for row in rows))
+            Overlap(number, *(tuple(row) for row in rows))
             for number, *rows in zip(found.tolist(), *(column.tolist() for column in columns), strict=True)
         ]

@@ -94,6 +94,16 @@ def test_what_all_ranks_hold_is_written_once_and_each_writes_about_as_much(tmp_p
     assert all(same(job.read(path, manifest, rank).shared["model"], state) for rank in range(4))
 
 
+def test_tensors_of_one_shape_come_back_though_each_is_cut_elsewhere_and_of_another_type(tmp_path):
+    state = model_of(*[9000] * 8) | {f"counts.{nth}": torch.arange(9000 * 64).view(9000, 64) + nth for nth in range(4)}
+    job = Job(tmp_path, 5)
+    job.plan(replicated(state, 5))
+    path, manifest, _ = job.save(replicated(state, 5))
+    groups = [group for group in manifest.tensors if group.shape == (9000, 64)]
+    assert len({group.chunks and group.chunks.starts for group in groups}) > 3 and any(one.file for one in groups)
+    assert same(job.read(path, manifest).shared["model"], state)
+
+
 def test_a_file_holds_one_box_of_a_tensor_and_says_where_it_lies(tmp_path):
     state = model_of(20_000, 3000)
     job = Job(tmp_path, 2)

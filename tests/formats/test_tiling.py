@@ -51,30 +51,30 @@ def test_what_is_read_of_the_chunks_is_the_box(data):
     for chunks in (grid, Chunks(grid.files, grid.offsets, grid.sizes)):
         read = np.full(sizes, -1)
         held = chunks_of(grid)
-        for one in tiling_of(grid.shape, "", chunks).overlaps(offsets, sizes):
-            assert held[one.file].shape == one.sizes and 0 not in one.shared
+        for one in tiling_of(grid.shape, chunks).overlaps(offsets, sizes):
+            assert held[grid.files[one.nth]].shape == one.sizes and 0 not in one.shared
             target = slices(one.begins, one.shared)
             assert (read[target] == -1).all(), "nothing is read twice"
-            read[target] = held[one.file][slices(one.low, one.shared)]
+            read[target] = held[grid.files[one.nth]][slices(one.low, one.shared)]
         assert np.array_equal(read, whole[slices(offsets, sizes)])
 
 
 def test_a_tensor_in_one_file_is_one_chunk():
-    (one,) = tiling_of((4, 5), "file", None).overlaps((1, 2), (2, 3))
-    assert one == ("file", (4, 5), (1, 2), (0, 0), (2, 3))
-    (one,) = tiling_of((), "file", None).overlaps((), ())
-    assert one == ("file", (), (), (), ())
+    (one,) = tiling_of((4, 5), None).overlaps((1, 2), (2, 3))
+    assert one == (0, (4, 5), (1, 2), (0, 0), (2, 3))
+    (one,) = tiling_of((), None).overlaps((), ())
+    assert one == (0, (), (), (), ())
 
 
 @pytest.mark.parametrize("chunks", [None, Grid(("a", "b"), (4, 2), (range(0, 4, 2), range(1)))])
 def test_an_empty_box_consists_of_nothing(chunks):
-    assert tiling_of((4, 2), "file", chunks).overlaps((2, 0), (0, 2)) == []
+    assert tiling_of((4, 2), chunks).overlaps((2, 0), (0, 2)) == []
 
 
 def test_chunks_that_make_no_grid_are_found_too():
     chunks = Chunks(tuple("abcde"), (0, 0, 0, 2, 1, 0, 1, 1, 2, 1), (1, 2, 2, 1, 2, 1, 1, 1, 1, 2))
-    tiling = tiling_of((3, 3), "", chunks)
-    assert {one.file for one in tiling.overlaps((0, 0), (3, 3))} == set("abcde")
+    tiling = tiling_of((3, 3), chunks)
+    assert {one.nth for one in tiling.overlaps((0, 0), (3, 3))} == {*range(5)}
     for row, column in product(range(3), repeat=2):
         assert len(tiling.overlaps((row, column), (1, 1))) == 1
 
@@ -91,4 +91,4 @@ def test_chunks_that_make_no_grid_are_found_too():
 )
 def test_what_is_not_whole_is_refused(chunks, words):
     with pytest.raises(ValueError, match=words):
-        tiling_of((4,), "", chunks)
+        tiling_of((4,), chunks)
