@@ -31,6 +31,8 @@ class Form:
     around the values that may change."""
 
     _compare: _Compare
+    _kinds: list[type]
+    _likeness: tuple[list[Any], ...]
     _ties: Mapping[int, int]
     _texts: tuple[str, ...]
     keys: Mapping[str, int]  # where each tensor of the file stands among those that `match` finds
@@ -52,12 +54,15 @@ class Form:
         mark = f"mark {secrets.token_hex(8)}"
         value, _, _ = tree.encode(state, path, told=lambda _: mark, may_be_spread=may_be_spread)
         texts = tuple(re.split(json.dumps(mark), strict_json.dump(value).decode()))
-        return cls(compare, ties, texts, {key: places[id(tensor)] for key, tensor in tensors.items()})
+        kinds, keys = [*map(type, found.tensors)], {key: places[id(tensor)] for key, tensor in tensors.items()}
+        return cls(compare, kinds, _likeness_of(found.tensors), ties, texts, keys)
 
     def match(self, state: Any) -> tuple[list[Tensor], str] | None:
         """The tensors of ``state``, and its JSON; ``None`` where it has another form."""
         found = _Found()
-        if not self._compare(state, found) or _ties_in(found.tensors) != self._ties:
+        if not self._compare(state, found) or [*map(type, found.tensors)] != self._kinds:
+            return None
+        if _likeness_of(found.tensors) != self._likeness or _ties_in(found.tensors) != self._ties:
             return None
         if len(found.values) != len(self._texts) - 1:
             return None
@@ -65,20 +70,26 @@ class Form:
 
 
 class _Found:
-    """The tensors that were met on the way through a state, and the JSON of the other values."""
+    """What was met on the way through a state in the places of tensors, and the JSON of the other values."""
 
     def __init__(self) -> None:
-        self.tensors: list[Tensor] = []
+        self.tensors: list[Any] = []
         self.values: list[str] = []
 
 
-# Whether a value has the form that was compiled; what is found on the way goes to the second.
+def _likeness_of(tensors: list[Tensor]) -> tuple[list[Any], ...]:
+    """What is to stay the same of them. All in one go: they are thousands, and asking one of them takes as long as all
+    that is asked."""
+    return [one.dtype for one in tensors], [one.shape for one in tensors], [*map(spread_of, tensors)]
+
+
+# Whether a value has the form that was compiled, but for its tensors; what is found on the way goes to the second.
 _Compare = Callable[[Any, _Found], bool]
 
 
 def _compiled(value: Any) -> _Compare | None:
     if isinstance(value, Tensor):
-        return _tensor(value)
+        return _tensor if type(value) in _TENSORS and value.dtype in DTYPES else None
     if type(value) in _MAPPINGS:
         return _mapping(value)
     if type(value) is list or type(value) in tree.CONTAINERS:
@@ -86,20 +97,14 @@ def _compiled(value: Any) -> _Compare | None:
     return _value
 
 
-def _tensor(value: Tensor) -> _Compare | None:
-    kind, dtype, shape = type(value), value.dtype, value.shape
-    if kind not in _TENSORS or dtype not in DTYPES:
-        return None
+def _tensor(other: Any, found: _Found) -> bool:
+    found.tensors.append(other)
+    return True
 
-    spread = spread_of(value)
 
-    def compare(other: Any, found: _Found) -> bool:
-        if type(other) is not kind or other.dtype is not dtype or other.shape != shape or spread_of(other) != spread:
-            return False
-        found.tensors.append(other)
-        return True
-
-    return compare
+def _tensors(others: Any, found: _Found) -> bool:
+    found.tensors += others
+    return True
 
 
 def _mapping(value: dict[Any, Any]) -> _Compare | None:
@@ -108,36 +113,22 @@ def _mapping(value: dict[Any, Any]) -> _Compare | None:
     if None in inner or not all(one in (str, int) for one in kinds):
         return None
     are_words = all(one is str for one in kinds)
-    compare_values = _tensors([*value.values()]) or _each(inner)  # type: ignore[arg-type]  # none is None
+    compare_values = _each(inner)  # type: ignore[arg-type]  # none is None
 
     def compare(other: Any, found: _Found) -> bool:
         if type(other) is not kind or list(other) != keys or not (are_words or [type(key) for key in other] == kinds):
             return False
-        return compare_values([*other.values()], found)
+        return compare_values(other.values(), found)
 
     return compare
 
 
 def _each(inner: list[_Compare]) -> _Compare:
+    if inner and all(one is _tensor for one in inner):
+        return _tensors
+
     def compare(others: Any, found: _Found) -> bool:
         return all(one(other, found) for one, other in zip(inner, others, strict=True))
-
-    return compare
-
-
-def _tensors(values: list[Any]) -> _Compare | None:
-    """As `_each`, in a third of the time, where ``values`` are tensors and nothing else."""
-    if not all(isinstance(one, Tensor) for one in values):
-        return None
-    kinds, dtypes, shapes = [*map(type, values)], [one.dtype for one in values], [one.shape for one in values]
-    spreads = [*map(spread_of, values)]
-    are_whole = not any(spreads)
-
-    def compare(others: Any, found: _Found) -> bool:
-        if [*map(type, others)] != kinds or [one.dtype for one in others] != dtypes:
-            return False
-        found.tensors += others
-        return [one.shape for one in others] == shapes and (are_whole or [*map(spread_of, others)] == spreads)
 
     return compare
 
@@ -160,8 +151,8 @@ def _sequence(value: Any) -> _Compare | None:
 
 def _value(other: Any, found: _Found) -> bool:
     kind = type(other)
-    if kind is int:
-        found.values.append(str(other))
+    if kind is int or kind is str:
+        found.values.append(json.dumps(other))
         return True
     if isinstance(other, (Tensor, dict, list)) or kind in tree.CONTAINERS:
         return False
@@ -178,16 +169,18 @@ def _ties_in(tensors: list[Tensor]) -> dict[int, int] | None:
     none."""
     ties: dict[int, int] = {}
     known: dict[int, int] = {}
+    here = [*map(local_of, tensors)]
     try:
-        addresses = [local_of(tensor).data_ptr() for tensor in tensors]
+        addresses = [tensor.data_ptr() for tensor in here]
     except RuntimeError:  # one has no memory of its own
         return None
-    if 0 not in addresses and len(set(addresses)) == len(addresses):
+    held = [*filter(None, addresses)]
+    if len(set(held)) == len(held) == sum(map(bool, map(Tensor.numel, here))):
         return ties
-    for nth, (tensor, address) in enumerate(zip(map(local_of, tensors), addresses, strict=True)):
+    for nth, (tensor, address) in enumerate(zip(here, addresses, strict=True)):
         first = known.setdefault(address, nth)
         if first != nth and tensor.numel():
-            if identity(local_of(tensors[first])) != identity(tensor):
+            if identity(here[first]) != identity(tensor):
                 return None
             ties[nth] = first
         elif not address and tensor.numel():

@@ -39,7 +39,7 @@ def spread_of(tensor: Tensor) -> Hashable:
     if type(tensor) in _PLAIN:
         return None
     if isinstance(tensor, DTensor):
-        return tensor.device_mesh, tensor.placements
+        return tensor._spec.mesh, tensor._spec.placements
     tensor = unwrapped(tensor)
     return tensor.boxes if isinstance(tensor, Spread) else None
 

@@ -74,7 +74,8 @@ class BoardRanks:
         self._forgotten = 0
         self._is_closed = False
         self._mine: list[tuple[int, str]] = []  # what this rank posted, by round, until all have read it
-        self._others = list(range(1, world_size))  # those who came to the last round, as far as the leader knows
+        # Those who came to the last round, as far as the leader knows.
+        self._others: Sequence[int] = range(1, world_size)
 
     def exchange(self, during: str, value: Json, summary: Summary = list) -> Json:
         self._round += 1
@@ -97,7 +98,7 @@ class BoardRanks:
 
     def broadcast(self, during: str, value: Json) -> Json:
         self._round += 1
-        self._others = list(range(1, self.world_size))
+        self._others = range(1, self.world_size)
         if self.rank == LEADER:
             self._post(self._key("all"), json.dumps({"during": during, "value": value}, allow_nan=False), during)
             self._mine.append((self._round, self._key("all")))

@@ -13,6 +13,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from distckpt import strict_json
 from distckpt.formats import tree
@@ -152,3 +154,17 @@ def test_values_of_every_kind_stand_where_they_stood(value):
     form = form_of({"a": 0, "b": [1, {"c": 2}]})
     assert form is not None
     assert_same(form, {"a": value, "b": [value, {"c": value}]})
+
+
+def spread_in_other_ways(rank: int) -> list[bool]:
+    mesh = init_device_mesh("cpu", (2,))
+    first = {"weight": distribute_tensor(torch.ones(4, 4), mesh, [Shard(0)])}
+    _, tensors, _ = tree.encode(first, "part", may_be_spread=True)
+    form = Form.of(first, tensors, "part", may_be_spread=True)
+    assert form is not None
+    others = [distribute_tensor(torch.zeros(4, 4), mesh, [one]) for one in (Shard(0), Shard(1), Replicate())]
+    return [form.match({"weight": other}) is not None for other in (*others, torch.zeros(4, 4))]
+
+
+def test_what_is_spread_over_ranks_in_another_way_does_not_match(run_ranks):
+    assert run_ranks(2, spread_in_other_ways) == [[True, False, False, False]] * 2
