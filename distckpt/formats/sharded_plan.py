@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +19,8 @@ from distckpt.formats.held import Holding, Told, pack_numbers, unpack_numbers
 from distckpt.formats.safetensors_file import ITEM_BYTES
 from distckpt.formats.sharing import Group, group_of, share
 from distckpt.manifest import TensorGroup
+
+_Ranks = tuple[int, ...]
 
 _CUT = -1  # in place of the rank that writes a box, where several do
 _MOST_RANKS = 1 << 30
@@ -58,20 +61,21 @@ def make_plan(told: Sequence[Told], writers: Collection[int] | None = None) -> P
     held = gathered(told)
     sharing = _Sharing(held, len(told), writers)
     partition_of = np.array([one.partition for one in held.alike], dtype=np.int64)[held.class_of]
-    numbers = {holders: number for number, holders in enumerate(sharing.groups)}
+    told, numbers = _groups_to_json(sharing.groups)
+    shared = [[numbers[one] for one in holders if len(one) > 1] for holders in held.partitions]
     answer = {
         "partitions": {schema: pack_numbers(partition_of[places]) for schema, places in held.places.items()},
-        "shared": [[numbers[one] for one in holders if len(one) > 1] for holders in held.partitions],
-        "groups": [_group_to_json(holders, group) for holders, group in sharing.groups.items()],
+        "shared": [*map(progressions.told, shared)],
+        "groups": told,
     }
     return Plan(_Writing(held, sharing).groups(), _holders_of(held), answer)
 
 
 def parts_of(holding: Holding, rank: int, answer: Mapping[str, Any], schema: str) -> list[Part]:
     """What this rank writes: of what it alone holds all, else its share."""
-    groups = [_group_from_json(one) for one in answer["groups"]]
-    mine = {number for number, (holders, _) in enumerate(groups) if rank in holders}
-    group_of_partition = [next((one for one in of if one in mine), None) for of in answer["shared"]]
+    groups = dict(_groups_from_json(answer["groups"], rank))
+    of_partitions = [progressions.read(of, _MOST_RANKS, "the plan") for of in answer["shared"]]
+    group_of_partition = [next((one for one in groups if one in of), None) for of in of_partitions]
     shared: defaultdict[int, list[int]] = defaultdict(list)
     parts = []
     partitions = unpack_numbers(answer["partitions"][schema]).tolist()
@@ -83,7 +87,7 @@ def parts_of(holding: Holding, rank: int, answer: Mapping[str, Any], schema: str
         else:
             shared[number].append(nth)
     for number, items in shared.items():
-        group = groups[number][1]
+        group = groups[number]
         if rank in group.ranks:
             parts += _share_of(holding, items, group, group.ranks.index(rank))
     return parts
@@ -107,17 +111,37 @@ def _share_of(holding: Holding, items: Sequence[int], group: Group, at: int) -> 
     return parts
 
 
-def _group_to_json(holders: tuple[int, ...], group: Group) -> Any:
-    return {
-        "held_by": progressions.told(holders),
-        "ranks": progressions.told(group.ranks),
-        "capacities": pack_numbers(np.array(group.capacities, dtype=np.float64)),
-    }
+def _groups_to_json(groups: Mapping[_Ranks, Group]) -> tuple[Any, Mapping[_Ranks, int]]:
+    """Groups by the ranks that hold the same, and their numbers there. Thousands are alike but for their first rank,
+    and told once: each rank is told of all of them."""
+    alike: defaultdict[tuple[_Ranks, _Ranks, tuple[float, ...]], list[_Ranks]] = defaultdict(list)
+    for holders, group in groups.items():
+        held_by, ranks = (tuple(rank - holders[0] for rank in of) for of in (holders, group.ranks))
+        alike[held_by, ranks, group.capacities].append(holders)
+    told = [
+        {
+            "firsts": progressions.told([holders[0] for holders in of]),
+            "held_by": progressions.told(held_by),
+            "ranks": progressions.told(ranks),
+            "capacities": pack_numbers(np.array(capacities, dtype=np.float64)),
+        }
+        for (held_by, ranks, capacities), of in alike.items()
+    ]
+    return told, {holders: number for number, holders in enumerate(chain.from_iterable(alike.values()))}
 
 
-def _group_from_json(told: Any) -> tuple[Sequence[int], Group]:
-    holders, ranks = (progressions.read(told[name], _MOST_RANKS, "the plan") for name in ("held_by", "ranks"))
-    return holders, Group(tuple(ranks), tuple(unpack_numbers(told["capacities"]).tolist()))
+def _groups_from_json(told: Any, rank: int) -> Iterator[tuple[int, Group]]:
+    """Those in which this rank is, and their numbers."""
+    begin = 0
+    for one in told:
+        firsts, held_by, ranks = (
+            progressions.read(one[name], _MOST_RANKS, "the plan") for name in ("firsts", "held_by", "ranks")
+        )
+        for number, first in enumerate(firsts, begin):
+            if rank - first in held_by:
+                capacities = tuple(unpack_numbers(one["capacities"]).tolist())
+                yield number, Group(tuple(first + other for other in ranks), capacities)
+        begin += len(firsts)
 
 
 def _holders_of(held: Gathered) -> dict[str, frozenset[int]]:

@@ -225,6 +225,18 @@ def test_pipeline_stages_know_other_tensors_each():
     assert_planned(job)
 
 
+@pytest.mark.parametrize("mesh", [(4, 256), (256, 4)], ids=str)
+def test_what_all_ranks_are_answered_does_not_grow_with_the_groups_that_share(mesh):
+    replicas, parts = mesh
+    job = Job(replicas * parts)
+    for nth in range(3):
+        job.spread(f"weight{nth}", (4096 + nth, 256), [Replicate(), Shard(0)], mesh)
+    job.replicated("step", ())
+    plan = planned(job)
+    assert len(json.dumps(plan.answer)) < 1500
+    assert sorted(listed(plan)) == sorted(written(job.holdings(), plan.answer))
+
+
 def test_experts_are_held_by_some_ranks():
     job = Job(8)
     for expert in range(4):
