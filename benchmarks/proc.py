@@ -84,13 +84,18 @@ def peak_memory_bytes() -> int:
     """The largest resident size of this process since, and what its children had beside what they share with it: not
     the libraries, not the shared memory. Neither knows the page cache.
     """
-    peak, shared = _field("/proc/self/status", "VmHWM"), _field("/proc/self/status", "RssShmem")
+    peak, shared = own_peak_bytes() // 1024, _field("/proc/self/status", "RssShmem")
     for child in children():
         status = f"/proc/{child}/status"
         # It may have let go of the shared memory since, which its peak still has in it.
         apart = _field(status, "RssFile") + max(shared, _field(status, "RssShmem"))
         peak += max(_field(status, "RssAnon"), _field(status, "VmHWM") - apart)
     return peak * 1024
+
+
+def own_peak_bytes() -> int:
+    """As `peak_memory_bytes`, of this process alone."""
+    return _field("/proc/self/status", "VmHWM") * 1024
 
 
 def resident_bytes() -> int:
