@@ -32,12 +32,16 @@ class LoaderPosition:
     this draws, and those that fetching ahead does, are drawn as they were then, and training's go on as they would
     have. Not so those of random transforms inside of worker processes: these begin anew.
 
+    Attributes:
+        running: the iterator that the loader gave out last, if it did.
+
     Args:
         loader: it goes on as it is, and counts from now on. One position for each.
         ahead: how many of the batches that were fetched training has not seen, as a loop that asks whether there is one
             more has fetched it; ``None`` where it has seen all of the epoch. Without, it has seen what was fetched.
         epoch: the number of the epoch that is beginning, where somebody else counts them.
         inner: what tells by itself how far it is: then nothing is skipped here.
+        looks_ahead: whether ``ahead`` may be more than 0; costs a look at the random numbers before each batch.
     """
 
     def __init__(
@@ -47,13 +51,15 @@ class LoaderPosition:
         ahead: Callable[[], int | None] | None = None,
         epoch: Callable[[], int] | None = None,
         inner: Stateful | None = None,
+        looks_ahead: bool = True,
     ) -> None:
         self._loader = loader
         self._ahead = ahead
+        self._is_watched = ahead is not None and looks_ahead
         self._begun = 0
         self._epoch = epoch if epoch is not None else lambda: self._begun
         self._inner = inner
-        self._running: _Counted | None = None
+        self.running: _Counted | None = None
         self._resumed: Mapping[str, Any] | None = None
         previous = getattr(loader._get_iterator, "__self__", None)
         self._make: Callable[[], Any] = getattr(previous, "_make", loader._get_iterator)
@@ -69,23 +75,35 @@ class LoaderPosition:
         if self._resumed is not None:
             return dict(self._resumed)  # nobody has iterated since
         told: dict[str, Any] = {} if self._inner is None else {"inner": self._inner.state_dict()}
-        running = self._running
+        running = self.running
         ahead = self._unseen(running) if running is not None else None
         if running is None or ahead is None:
             epoch = self._epoch() if running is None else running.epoch + 1
-            return told | {"epoch": epoch, "is_begun": False, "start": {"own": self._own_states()}}
+            start = {"own": self._own_states(), "is_new": running is None or not self._loader.persistent_workers}
+            return told | {"epoch": epoch, "is_begun": False, "start": start}
         told |= {"epoch": running.epoch, "is_begun": True, "batches": max(running.count - ahead, 0)}
-        return told | {"start": running.start, "fetched": list(running.before)[-ahead:] if ahead else []}
+        fetched = list(running.before)[-ahead:] if ahead else []
+        return told | {"start": running.start, "first": running.first, "fetched": fetched}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See the class."""
-        self._running = None
-        self._loader._iterator = None  # of workers that live on
+        self._loader._iterator = None
+        if not state["is_begun"] and not state["start"]["is_new"]:  # workers lived on, and had not to be seeded again
+            kept = rng.capture(host_only=True)
+            self._loader._iterator = self._iterator()  # type: ignore[assignment]  # it has all that one has
+            rng.apply(kept)
+        self.running = None
         self._set_own_states(state["start"]["own"])
         self._resumed = state if state["is_begun"] else None
         self._begun = state["epoch"] + state["is_begun"]
         if self._inner is not None and "inner" in state:
             self._inner.load_state_dict(dict(state["inner"]))
+
+    def skip(self, batches: int) -> None:
+        """As `load_state_dict`, where nothing is known but how many batches of the epoch were seen."""
+        start = {**self.numbers(), "is_new": True}
+        told = {"epoch": self._epoch(), "is_begun": True, "batches": batches}
+        self.load_state_dict(told | {"start": start, "first": None, "fetched": []})
 
     def begin(self, *, is_new: bool = True) -> tuple[dict[str, Any], int]:
         """What the order of an epoch is drawn from that begins now, and its number.
@@ -93,9 +111,13 @@ class LoaderPosition:
         Args:
             is_new: whether an iterator is made for it, which draws, too.
         """
-        start, epoch = {**rng.capture(host_only=True), "own": self._own_states(), "is_new": is_new}, self._epoch()
+        start, epoch = {**self.numbers(), "is_new": is_new}, self._epoch()
         self._begun = epoch + 1
         return start, epoch
+
+    def numbers(self) -> dict[str, Any]:
+        """What the loader would draw from now."""
+        return {**rng.capture(host_only=True), "own": self._own_states()}
 
     def _unseen(self, running: _Counted) -> int | None:
         """How many of the batches that were fetched training has not seen; ``None`` where it has seen all."""
@@ -109,30 +131,34 @@ class LoaderPosition:
         resumed, self._resumed = self._resumed, None
         if resumed is None:
             start, epoch = self.begin()
-            self._running = _Counted(self, self._make(), start, epoch, is_watched=self._ahead is not None)
-            return self._running
+            self.running = _Counted(self, self._make(), start, epoch, is_watched=self._is_watched)
+            return self.running
         start = resumed["start"]
         kept = rng.capture(host_only=True)
         self._draw_as(start)
         try:
-            made = self._make() if self._inner is not None else self._behind(resumed["batches"], start)
+            made = self._make() if "inner" in resumed else self._behind(resumed["batches"], start, resumed["first"])
         finally:
             rng.apply(kept)
-        self._running = _Counted(self, made, start, resumed["epoch"], is_watched=self._ahead is not None)
-        self._running.count = resumed["batches"]
-        self._running.replayed.extend(resumed["fetched"])
-        return self._running
+        self.running = _Counted(self, made, start, resumed["epoch"], is_watched=self._is_watched)
+        self.running.count, self.running.first = resumed["batches"], resumed["first"]
+        self.running.replayed.extend(resumed["fetched"])
+        return self.running
 
-    def _behind(self, count: int, start: Mapping[str, Any]) -> Any:
+    def _behind(self, count: int, start: Mapping[str, Any], first: Mapping[str, Any] | None) -> Any:
         """An iterator that has so many batches behind it."""
         if isinstance(self._loader.dataset, IterableDataset):
             made = self._make()
+            if first is not None:
+                self._draw_as(first)
             for _ in islice(made, count):
                 pass
             return made
         name = "batch_sampler" if self._loader.batch_sampler is not None else "sampler"
         whole = getattr(self._loader, name)
-        behind = _Behind(whole, count, (lambda: None) if start["is_new"] else lambda: self._draw_as(start))
+        # Without workers the order is drawn when the first batch is asked for, and others may have drawn since.
+        drawn = first if not self._loader.num_workers else None if start["is_new"] else start
+        behind = _Behind(whole, count, (lambda: None) if drawn is None else lambda: self._draw_as(drawn))
         self._loader.__dict__[name] = behind  # a loader refuses to be given another
         try:
             made = self._make()
@@ -177,6 +203,7 @@ class _Counted:
 
     Attributes:
         start, epoch: what it began with.
+        first: the random numbers that its first batch was fetched with; ``None`` before.
         count: how many batches it gave, with those that lay behind it from its start.
         before: the random numbers that each of the last was fetched with.
         replayed: those that the next ones are to be fetched with.
@@ -189,6 +216,7 @@ class _Counted:
         self._iterator = iterator
         self._is_watched = is_watched
         self.start, self.epoch = start, epoch
+        self.first: Mapping[str, Any] | None = None
         self.count = 0
         self.is_exhausted = False
         self.before: deque[Mapping[str, Any]] = deque(maxlen=_MOST_AHEAD)
@@ -198,6 +226,8 @@ class _Counted:
         return self
 
     def __next__(self) -> Any:
+        if self.first is None:
+            self.first = self._position.numbers()
         if not self.replayed:
             if self._is_watched:
                 self.before.append(rng.capture(host_only=True))
@@ -227,9 +257,10 @@ class _Counted:
 
     def _reset(self, loader: Any) -> None:
         """Workers that live on begin another epoch."""
+        self._position.running = self
         self.start, self.epoch = self._position.begin(is_new=False)
         self._iterator._reset(loader)
-        self.count, self.is_exhausted = 0, False
+        self.count, self.is_exhausted, self.first = 0, False, None
         self.before.clear()
 
 

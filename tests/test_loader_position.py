@@ -172,7 +172,7 @@ def test_what_lies_behind_is_not_read():
 
     read: list[int] = []
     position = LoaderPosition(DataLoader(Watched(), batch_size=BATCH))
-    position.load_state_dict({"epoch": 0, "is_begun": True, "batches": 3, "start": position.begin()[0], "fetched": []})
+    position.skip(3)
     list(position._loader)
     assert read == list(range(12, SIZE))
 
@@ -206,6 +206,59 @@ def test_workers_of_other_processes_go_on(persistent_workers):
     assert list(islice(resumed.steps(), 5)) == whole[9:]
 
 
+@pytest.mark.parametrize("persistent_workers", [False, True])
+def test_workers_of_other_processes_begin_the_next_epoch(persistent_workers):
+    def epochs(made: DataLoader, count: int) -> list[Any]:
+        return [([batch.tolist() for batch in made], torch.rand(()).item()) for _ in range(count)]
+
+    def made() -> DataLoader:
+        words = {"shuffle": True, "num_workers": 1, "persistent_workers": persistent_workers}
+        return DataLoader(Numbers(noise=0), batch_size=BATCH, **words)
+
+    seed()
+    whole = epochs(made(), 4)
+    seed()
+    first = made()
+    position = LoaderPosition(first)
+    assert epochs(first, 2) == whole[:2]
+    told, drawn = position.state_dict(), rng.capture()
+    assert not told["is_begun"]
+    seed(9)
+    resumed = made()
+    list(resumed)  # whoever looks at the data before
+    LoaderPosition(resumed).load_state_dict(told)
+    rng.apply(drawn)
+    assert epochs(resumed, 2) == whole[2:]
+
+
+@pytest.mark.parametrize("done", range(1, 6))
+def test_loaders_side_by_side_draw_from_the_same_numbers(done):
+    """Each draws its order when its first batch is asked for, and by then the other has drawn, too."""
+
+    def steps(one: DataLoader, other: DataLoader) -> Iterator[Any]:
+        batches, others = iter(one), iter(other)
+        torch.rand(())  # and whatever else
+        for batch in batches:
+            yield batch.tolist(), next(others).tolist(), torch.rand(()).item()
+
+    seed()
+    whole = list(steps(loader(shuffle=True), loader(shuffle=True)))
+    seed()
+    two = loader(shuffle=True), loader(shuffle=True)
+    positions = [LoaderPosition(one) for one in two]
+    assert list(islice(steps(*two), done)) == whole[:done]
+    told = [one.state_dict() for one in positions]
+    drawn = rng.capture()
+    seed(9)
+    two = loader(shuffle=True), loader(shuffle=True)
+    for one, state in zip(two, told, strict=True):
+        LoaderPosition(one).load_state_dict(state)
+    batches, others = map(iter, two)
+    rng.apply(drawn)
+    rest = [(batch.tolist(), next(others).tolist(), torch.rand(()).item()) for batch in batches]
+    assert rest == whole[done:]
+
+
 def test_the_state_is_that_of_the_loader_that_runs_and_not_of_one_before():
     made = loader()
     position = LoaderPosition(made)
@@ -221,7 +274,7 @@ def test_another_position_takes_the_place_of_the_first():
     made = loader()
     LoaderPosition(made)
     position = LoaderPosition(made)
-    position.load_state_dict({"epoch": 0, "is_begun": True, "batches": 3, "start": position.begin()[0], "fetched": []})
+    position.skip(3)
     assert len(list(made)) == 3
 
 
@@ -233,7 +286,7 @@ def test_the_numbers_of_epochs_are_those_that_somebody_counts():
     next(batches)
     assert (position.state_dict()["epoch"], position.state_dict()["batches"]) == (7, 1)
     list(batches)
-    assert position.state_dict() == {"epoch": 8, "is_begun": False, "start": {"own": {}}}
+    assert position.state_dict() == {"epoch": 8, "is_begun": False, "start": {"own": {}, "is_new": True}}
 
 
 def test_where_nobody_does_they_are_counted():
