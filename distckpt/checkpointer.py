@@ -234,12 +234,15 @@ class Checkpointer:
         self._progress = Progress(step, epoch)
         self._is_resumed = True
 
-    def step(self, *, epoch_ends: bool = False, metrics: Mapping[str, Any] | None = None) -> None:
+    def step(
+        self, *, epoch_ends: bool = False, at: Progress | None = None, metrics: Mapping[str, Any] | None = None
+    ) -> None:
         """One more training step is done; saves if that is due. Every rank, after each optimizer step. With an
         ``Accelerator`` it may be called after each batch: where gradients are only accumulated, no step is done.
 
         Args:
             epoch_ends: whether it was the last of its epoch.
+            at: what is done by now, where somebody else counts, to whom several steps may be one, or none.
             metrics: those of this step, if there are any: as `report` takes them, but known before it is saved.
 
         Raises:
@@ -251,9 +254,11 @@ class Checkpointer:
             return
         if metrics:
             self._body.report(self._numbers(metrics))
-        self._progress, self._metrics = Progress(self._progress.step + 1, self._progress.epoch + epoch_ends), {}
+        before = self._progress
+        self._progress, self._metrics = at or Progress(before.step + 1, before.epoch + epoch_ends), {}
         reported, asked = self._body.end()
-        reasons = [*self._triggers.due(self._progress, epoch_ends=epoch_ends), *asked]
+        ends = self._progress.epoch > before.epoch
+        reasons = [*self._triggers.due(self._progress, epoch_ends=ends, before=before), *asked]
         if reported is not None and self._is_best(reported):
             reasons.append("best")
         if reasons:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from distckpt import layout
 from distckpt.best import Metric, ranking
@@ -54,6 +56,22 @@ def resume(run: Run, parts: Parts, selection: Selection, *, name: str | None, st
                 "%d hold what a damaged checkpoint does, and %s has none of: %s", len(spoiled), record.name, told
             )
     return record
+
+
+def read_part(root: str | os.PathLike[str], ranks: Ranks, part: str, into: Any, *, name: str | None = None) -> bool:
+    """``into`` holds what the checkpoint ``name``, or the newest that verifies, has of that part, if anything was ever
+    committed, which is what is returned. Collective. Nothing else is read.
+
+    Raises:
+        NoCheckpoint, NewerVersion, RankFailure: on all ranks, as in `resume`.
+    """
+    parts = Parts({part: into}, per_rank=())
+
+    def fit(snapshot: Snapshot, _: Record) -> Matched:
+        return match(parts, snapshot, Selection(), strict=True, is_same_world=False)
+
+    store = LocalStore(root)
+    return restore_newest(ranks, fit, store=store, get_format=get_format, parts=[part], name=name) is not None
 
 
 def start_from(source: str, ranks: Ranks, parts: Parts, selection: Selection, *, strict: bool) -> None:

@@ -60,10 +60,12 @@ class Schedule:
             begin=_count(begin),
         )
 
-    def due(self, count: int) -> bool:
-        """Whether a step-based save is due once ``count`` steps (or epochs) are done. The same on every rank."""
+    def due(self, count: int, before: int | None = None) -> bool:
+        """Whether a step-based save is due once ``count`` steps (or epochs) are done, and was not yet when it were
+        ``before``: one less, if it is not said. The same on every rank."""
+        passed = (count if before is None else before + 1) - self.begin
         since = count - self.begin
-        return since >= 0 and any(since % steps == 0 for steps in self.every)
+        return since >= 0 and any(since // steps * steps >= passed for steps in self.every)
 
 
 def parse_duration(value: str | timedelta, word: str) -> timedelta:

@@ -34,12 +34,16 @@ class Triggers:
         self._period = Stopwatch(schedule.period) if schedule.period else None
         self._control = Stopwatch(_CONTROL_PERIOD)
 
-    def due(self, progress: Progress, *, epoch_ends: bool) -> list[str]:
-        """The reasons; none where nothing is due. Every rank, at every step."""
+    def due(self, progress: Progress, *, epoch_ends: bool, before: Progress | None = None) -> list[str]:
+        """The reasons; none where nothing is due. Every rank, at every step.
+
+        Args:
+            before: what was done the last time, if it was not one step, or epoch, less.
+        """
         if is_leader(self._run.ranks):
             self._look()
-        count = progress.epoch if self._by_epoch else progress.step
-        is_due = (epoch_ends or not self._by_epoch) and self._schedule.due(count)
+        last = None if before is None else self._count(before)
+        is_due = (epoch_ends or not self._by_epoch) and self._schedule.due(self._count(progress), last)
         reasons = ["interval"] if is_due else []
         for request in self._run.boundary(progress.step):
             reasons.append(request.why)
@@ -50,6 +54,9 @@ class Triggers:
         """Something was saved just now: the clock begins anew."""
         if self._period is not None:
             self._period.restart()
+
+    def _count(self, progress: Progress) -> int:
+        return progress.epoch if self._by_epoch else progress.step
 
     def _look(self) -> None:
         if self._period is not None and self._period.is_over:

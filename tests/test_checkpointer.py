@@ -26,6 +26,7 @@ from distckpt import Checkpointer, NoCheckpoint, SaveFailed, StateMismatch
 from distckpt.catalog import Catalog, scan
 from distckpt.engine.stager import Stager
 from distckpt.manifest import Record
+from distckpt.progress import Progress
 from distckpt.run import Run
 from distckpt.stores.local import LocalStore
 from distckpt.writer import Writer
@@ -302,6 +303,27 @@ def test_only_a_new_best_is_saved_for_its_report(out_dir):
         ckpt.wait()
     assert saved(out_dir) == {4: ("best",)}, "step 1 was best, and was let go for step 4"
     assert labels(out_dir) == {"latest": "step-00000004", "best-loss": "step-00000004"}
+
+
+def test_a_step_may_be_counted_by_somebody_else_who_knows_its_metrics(out_dir):
+    ckpt, tally = start(out_dir, interval=5, save_best="loss", save_last=False)
+    with ckpt:
+        for step, loss in ((4, 3.0), (8, 2.0), (12, 4.0), (12, 5.0)):
+            tally.count = step
+            ckpt.step(at=Progress(step, tally.count // 12), metrics={"loss": loss})
+        with pytest.raises(KeyError, match="loss"):
+            ckpt.step(at=Progress(13), metrics={"lose": 1.0})
+    assert saved(out_dir) == {8: ("interval", "best"), 12: ("interval",)}, "4 was the best once"
+    assert [one.metrics for one in records(out_dir)] == [{"loss": 2.0}, {"loss": 4.0}]
+    assert [one.progress.epoch for one in records(out_dir)] == [0, 1]
+
+
+def test_by_epoch_a_step_that_somebody_else_counts_ends_an_epoch_where_there_is_one_more(out_dir):
+    ckpt, _ = start(out_dir, interval=2, by_epoch=True, save_last=False)
+    with ckpt:
+        for step, epoch in ((3, 0), (3, 1), (4, 1), (6, 2), (7, 2), (9, 3)):
+            ckpt.step(at=Progress(step, epoch))
+    assert saved(out_dir) == {6: ("interval",)}
 
 
 def test_a_report_after_the_step_labels_what_is_saved_and_saves_what_is_best(out_dir):

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 
 from distckpt import Checkpointer, NoCheckpoint, StateMismatch
+from distckpt.ranks import Solo
+from distckpt.resuming import read_part
 
 
 class Program:
@@ -51,6 +53,19 @@ def two_steps(tmp_path: Path) -> tuple[Path, list[str]]:
             program.step()
             told.append(program.told())
     return tmp_path / "run", told
+
+
+class Held:
+    """A part that takes whatever it is given."""
+
+    def __init__(self) -> None:
+        self.state: Any = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Any) -> None:
+        self.state = state
 
 
 def flip_the_last_bit(path: Path) -> None:
@@ -173,3 +188,22 @@ def test_a_resume_takes_no_second_copy_of_the_state(tmp_path, what, state_bytes,
     told = subprocess.run(words, capture_output=True, text=True, timeout=150, **place)
     assert told.returncode == 0, told.stderr
     assert int(told.stdout) < own_bytes + 0.15 * state_bytes + 40 * 1024 * 1024
+
+
+def test_one_part_can_be_read_before_there_is_a_program(two_steps):
+    root, _ = two_steps
+    (root / "step-00000002" / "model.safetensors").write_bytes(b"")  # nobody looks at it
+    held = Held()
+    assert read_part(root, Solo(), "optimizer", held)
+    assert {int(one["step"]) for one in held.state["state"].values()} == {2}
+    assert read_part(root, Solo(), "optimizer", held, name="step-00000001")
+    assert {int(one["step"]) for one in held.state["state"].values()} == {1}
+    flip_the_last_bit(root / "step-00000002" / "optimizer.safetensors")
+    assert read_part(root, Solo(), "optimizer", held)
+    assert {int(one["step"]) for one in held.state["state"].values()} == {1}
+
+
+def test_of_a_directory_without_checkpoints_no_part_can_be_read(tmp_path):
+    held = Held()
+    assert not read_part(tmp_path, Solo(), "optimizer", held)
+    assert held.state is None

@@ -62,6 +62,15 @@ def test_a_duration_alone_makes_no_step_due():
     assert due_counts(schedule, 20) == []
 
 
+@pytest.mark.parametrize("stride", [1, 2, 3, 7])
+def test_where_several_steps_are_done_at_once_it_is_due_with_the_first_that_was_passed(stride):
+    schedule = Schedule.parse([4, 6], begin=2)
+    passed = {count for count in range(1, 60) if schedule.due(count)}
+    for count in range(stride, 60, stride):
+        assert schedule.due(count, count - stride) is bool(passed & {*range(count - stride + 1, count + 1)}), count
+    assert not schedule.due(6, 6)
+
+
 def test_equal_words_give_equal_schedules():
     assert Schedule.parse((5, "60min"), begin=2) == Schedule.parse([5, timedelta(hours=1)], begin=2)
 

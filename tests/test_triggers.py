@@ -59,6 +59,18 @@ def test_a_schedule_of_epochs_is_due_where_an_epoch_ends(run):
     assert due_at(triggers, range(1, 21), epoch_steps=4) == {8: ["interval"], 16: ["interval"]}
 
 
+@pytest.mark.parametrize("by_epoch", [False, True])
+def test_a_schedule_is_due_where_its_step_or_epoch_was_passed_since_the_last_time(run, by_epoch):
+    triggers = Triggers(Schedule.parse(4), run, by_epoch=by_epoch)
+    due, before = [], Progress(0)
+    for count in (3, 6, 7, 10, 13):
+        progress = Progress(count, count)
+        if triggers.due(progress, epoch_ends=True, before=before):
+            due.append(count)
+        before = progress
+    assert due == [6, 10, 13]
+
+
 def test_a_period_is_due_at_the_first_step_after_it_and_begins_anew(run, clock):
     triggers = Triggers(Schedule.parse("10s"), run, by_epoch=False)
     due = []
