@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from distckpt import checkpointer
+from distckpt import policy
 from distckpt.engine import copying, snapshot, stager, writing
 from distckpt.engine.snapshot import Staging
 from distckpt.engine.stager import Stager
@@ -112,6 +112,6 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> int:
     """Blocks of so many bytes: a state of a few MB is too large for an arena of 2 MiB then, the least there is."""
     for module in (copying, snapshot, stager, writing):
         monkeypatch.setattr(module, "BLOCK_BYTES", SMALL_BLOCK_BYTES)
-    for module in (stager, checkpointer):
+    for module in (stager, policy):
         monkeypatch.setattr(module, "LEAST_ARENA_BYTES", 2 * SMALL_BLOCK_BYTES)
     return SMALL_BLOCK_BYTES

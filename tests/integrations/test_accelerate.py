@@ -58,6 +58,11 @@ def launch(rank: int, world_size: int) -> None:
     """The environment is that of ``accelerate launch``, and there is no Accelerator yet."""
     words = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "localhost", "MASTER_PORT": 1}
     os.environ.update({name: str(value) for name, value in words.items()}, ACCELERATE_USE_CPU="true")
+    forget()
+
+
+def forget() -> None:
+    """There is no Accelerator yet."""
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
 
@@ -150,12 +155,10 @@ def test_a_killed_run_ends_as_one_that_was_not(run_ranks, tmp_path, program, wor
 
 @pytest.fixture
 def accelerator(monkeypatch):
-    launch(0, 1)
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    forget()
     yield Accelerator(cpu=True, gradient_accumulation_steps=3)
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
+    forget()
 
 
 def test_everything_that_was_prepared_or_registered_is_taken(accelerator):
