@@ -91,6 +91,10 @@ class Ours:
     def restore(self, step: int) -> None:
         self._checkpointer.resume()
 
+    def close(self) -> None:
+        """Its threads have ended before the process does."""
+        self._checkpointer.close()
+
 
 class Dcp:
     def __init__(self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, threads: int) -> None:
@@ -223,6 +227,7 @@ def save_job(rank: int, asked: argparse.Namespace, folder: Path) -> None:
                 foreign = foreign_share(before)
                 told = {"name": name, "blocked": blocked, "durable": durable}
                 say({**told, "foreign_share": foreign, "is_first": step == 1, "part_bytes": part})
+        close(running)
 
 
 def restore_job(rank: int, asked: argparse.Namespace, folder: Path) -> None:
@@ -247,6 +252,13 @@ def restore_job(rank: int, asked: argparse.Namespace, folder: Path) -> None:
                 if name != RAW and not all(map(torch.equal, tensors_of(model, optimizer), expected)):
                     raise ValueError(f"what {name} restored on rank {rank} is not what it saved")
                 say({"name": name, "restored": seconds, "foreign_share": foreign, "is_first": number == 0})
+        close(running)
+
+
+def close(running: Mapping[str, Contender]) -> None:
+    for one in running.values():
+        if isinstance(one, Ours):
+            one.close()
 
 
 class job:
