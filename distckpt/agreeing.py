@@ -8,9 +8,11 @@ holds nobody up.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import threading
 import time
+import weakref
 from collections import deque
 from dataclasses import dataclass
 from datetime import timedelta
@@ -38,6 +40,9 @@ class Requests:
     """What the leader asks of all ranks, acted on by all at the same step boundary.
 
     A boundary is a number that every rank passes in the same order, once: here, the count of training steps done.
+
+    It is closed at the end of the process, if nobody did: a thread that is in a store of torch then, in C++, would abort
+    the process as Python ends.
     """
 
     def __init__(self, ranks: Ranks, timeout: timedelta) -> None:
@@ -50,8 +55,11 @@ class Requests:
         self._closing = threading.Event()
         self._failure: RankFailure | None = None
         self._thread = threading.Thread(target=self._listen, name="distckpt-requests", daemon=True)
+        mine = weakref.ref(self)
+        self._at_exit = lambda: (requests := mine()) and requests.close()
         if ranks.world_size > 1:
             self._thread.start()
+            atexit.register(self._at_exit)
 
     def ask(self, request: Request) -> None:
         """All ranks will do it at one of their next boundaries. Leader only, from any thread; returns at once."""
@@ -96,6 +104,7 @@ class Requests:
         with self._changed:
             self._closing.set()
             self._changed.notify_all()
+        atexit.unregister(self._at_exit)
         if self._thread.is_alive():
             self._thread.join(2 * _PATIENCE_SECONDS + 1)
 

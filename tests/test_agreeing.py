@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -228,6 +230,31 @@ def test_close_ends_the_thread_of_every_rank():
     told = on_threads(thread_ranks(3), lambda ranks: Requests(ranks, SOON).close())
     assert told == [None] * 3
     assert threading.active_count() == before
+
+
+NEVER_CLOSED = """
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from distckpt.agreeing import Requests
+from distckpt.ranks import board
+from distckpt.ranks.process_group import detect
+
+board.max = lambda *pauses: 0.0  # the listener is in the store nearly all the time, in which Python must not end
+dist.init_process_group("gloo")
+requests = Requests(detect(timedelta(seconds=10)), timedelta(seconds=10))
+dist.barrier()
+"""
+
+
+@pytest.mark.timeout(60)
+def test_a_program_of_several_ranks_that_never_closes_ends_well(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(NEVER_CLOSED)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    ended = subprocess.run([*launcher, str(program)], capture_output=True, text=True, timeout=50)
+    assert ended.returncode == 0, ended.stderr
 
 
 def test_a_stopwatch_is_over_after_its_period_and_begins_anew(monkeypatch):
