@@ -210,6 +210,35 @@ def test_a_stream_goes_on_where_it_was(accelerator):
     assert [batch.tolist() for batch in resumed] == seen + rest
 
 
+def dispatched(rank: int, world_size: int, drop_last: bool) -> None:
+    """Rank 0 reads for all, in groups of a batch each, and in the last there are fewer."""
+    launch(rank, world_size)
+    accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(dispatch_batches=True))
+
+    def prepared() -> tuple[Any, Any]:
+        accelerator._dataloaders.clear()
+        loader = accelerator.prepare(DataLoader(torch.arange(42), batch_size=6, drop_last=drop_last))
+        accelerator._models[:] = [nn.Linear(1, 1)]
+        return loader, prepared_by(accelerator).parts["loader"]
+
+    loader, position = prepared()
+    seen, told = [], []
+    for batch in loader:
+        seen.append(batch.tolist())
+        told.append(position.state_dict())
+    assert len(seen) == 7 // world_size + (not drop_last)
+    for nth, one in enumerate(told, 1):
+        resumed, position = prepared()
+        position.load_state_dict(one)
+        assert [batch.tolist() for batch in resumed] == (seen[nth:] or seen), nth
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_where_one_rank_reads_for_all_the_last_group_may_be_smaller(run_ranks, world_size, drop_last):
+    run_ranks(world_size, dispatched, world_size, drop_last)
+
+
 def test_weights_of_save_state_are_what_a_run_may_start_from(accelerator, tmp_path):
     model, optimizer = accelerator.prepare(model := nn.Linear(5, 2), torch.optim.AdamW(model.parameters()))
     model(torch.ones(1, 5)).sum().backward()
