@@ -251,6 +251,8 @@ class _Counted:
             batch = next(self._iterator)
         except StopIteration:
             self.is_exhausted = True
+            if self.before:
+                self.before.pop()  # no batch was fetched with these
             raise
         self.count += 1
         return batch

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import distckpt
+from distckpt import rng
 from distckpt.accelerator_state import prepared_by
 
 pytestmark = pytest.mark.timeout(120)
@@ -26,11 +27,11 @@ SIZE, BATCH, TOTAL = 46, 4, 14
 class Noisy(Dataset):
     """Numbers, to each of which some noise is added whenever it is read."""
 
-    def __init__(self) -> None:
-        self.numbers = torch.randn(SIZE, 5, generator=torch.Generator().manual_seed(1))
+    def __init__(self, size: int = SIZE) -> None:
+        self.numbers = torch.randn(size, 5, generator=torch.Generator().manual_seed(1))
 
     def __len__(self) -> int:
-        return SIZE
+        return len(self.numbers)
 
     def __getitem__(self, at: int) -> Tensor:
         return self.numbers[at] + 0.01 * torch.randn(5)
@@ -217,7 +218,7 @@ def dispatched(rank: int, world_size: int, drop_last: bool) -> None:
 
     def prepared() -> tuple[Any, Any]:
         accelerator._dataloaders.clear()
-        loader = accelerator.prepare(DataLoader(torch.arange(42), batch_size=6, drop_last=drop_last))
+        loader = accelerator.prepare(DataLoader(Noisy(42), batch_size=6, drop_last=drop_last))
         accelerator._models[:] = [nn.Linear(1, 1)]
         return loader, prepared_by(accelerator).parts["loader"]
 
@@ -225,12 +226,14 @@ def dispatched(rank: int, world_size: int, drop_last: bool) -> None:
     seen, told = [], []
     for batch in loader:
         seen.append(batch.tolist())
-        told.append(position.state_dict())
+        told.append((position.state_dict(), rng.capture()))
     assert len(seen) == 7 // world_size + (not drop_last)
-    for nth, one in enumerate(told, 1):
+    assert not told[-1][0]["is_begun"]
+    for nth, (state, numbers) in enumerate(told[:-1], 1):
         resumed, position = prepared()
-        position.load_state_dict(one)
-        assert [batch.tolist() for batch in resumed] == (seen[nth:] or seen), nth
+        position.load_state_dict(state)
+        rng.apply(numbers)
+        assert [batch.tolist() for batch in resumed] == seen[nth:], nth
 
 
 @pytest.mark.parametrize("drop_last", [False, True])
