@@ -41,8 +41,8 @@ class Requests:
 
     A boundary is a number that every rank passes in the same order, once: here, the count of training steps done.
 
-    It is closed at the end of the process, if nobody did: a thread that is in a store of torch then, in C++, would abort
-    the process as Python ends.
+    It is closed at the end of the process, if nobody did: a thread that is in a store of torch then, in C++, would
+    abort the process as Python ends.
     """
 
     def __init__(self, ranks: Ranks, timeout: timedelta) -> None:
@@ -55,8 +55,13 @@ class Requests:
         self._closing = threading.Event()
         self._failure: RankFailure | None = None
         self._thread = threading.Thread(target=self._listen, name="distckpt-requests", daemon=True)
-        mine = weakref.ref(self)
-        self._at_exit = lambda: (requests := mine()) and requests.close()
+        mine = weakref.WeakMethod(self.close)
+
+        def at_exit() -> None:
+            if (close := mine()) is not None:
+                close()
+
+        self._at_exit = at_exit
         if ranks.world_size > 1:
             self._thread.start()
             atexit.register(self._at_exit)

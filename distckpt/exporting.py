@@ -34,6 +34,7 @@ from distckpt.words import check_choice, check_flags
 
 _log = logging.getLogger("distckpt")
 
+_PICKLED = {".pth", ".pt", ".bin"}
 _KINDS = ("pth", "safetensors", "hf", "dcp")
 _MAX_SHARD_BYTES = "5GB"
 _MODEL_IN_PTH = "state_dict"  # MMEngine's word
@@ -92,7 +93,7 @@ def export(
     checkpoint: Source,
     target: Source,
     *,
-    to: str = "safetensors",
+    to: str | None = None,
     part: str | None = "model",
     dtype: str | torch.dtype | None = None,
     overwrite: bool = False,
@@ -112,6 +113,7 @@ def export(
             ``"safetensors"``: one file, for ``safetensors.torch.load_file``;
             ``"hf"``: a folder, for ``from_pretrained`` of Hugging Face;
             ``"dcp"``: a folder, for ``torch.distributed.checkpoint.load({part: state}, checkpoint_id=target)``.
+            None: ``"pth"`` where ``target`` ends in ``.pth``, ``.pt`` or ``.bin``, else ``"safetensors"``.
         part: which part of the state; ``None``: all of them, for ``"pth"`` and ``"dcp"``.
         dtype: what floating tensors become: ``"bfloat16"``.
         overwrite: whether an export that is there already is replaced. A folder that is anything else never is.
@@ -127,6 +129,8 @@ def export(
         ValueError, TypeError: for words that make no sense: a part that is not there, among others.
         OSError: where it cannot be written, as when the disk is full. What was written is gone then.
     """
+    if to is None:
+        to = "pth" if Path(target).suffix in _PICKLED else "safetensors"
     check_choice("to", to, _KINDS)
     check_flags(overwrite=overwrite)
     cast = _dtype_of(dtype)

@@ -22,6 +22,7 @@ from distckpt.retention import BEST
 from distckpt.runner_run import RunnerRun
 from distckpt.runner_state import is_built, optimizer_of, to_histories
 from distckpt.schedule import Schedule
+from distckpt.sharded_runner import ShardedRunner
 from distckpt.stores.local import LocalStore
 from distckpt.triggers import Triggers
 from distckpt.words import check_flags, refuse_unknown
@@ -56,6 +57,8 @@ class CheckpointHook:
         sync_buffers: how buffers are made equal over ranks before a save: ``"mean"``, ``"broadcast"`` or False.
         timeout: how long a rank waits for another, or for a save, before it gives up.
         max_keep_best, keep_every, keep_for, keep_bytes: as `Checkpointer` has them.
+        format: ``"pth"``, or ``"sharded"``: every rank writes its part of what is cut over ranks (FSDP), into the
+            directories of `Checkpointer`. See `distckpt.sharded_runner`.
 
     Raises:
         TypeError, ValueError, AssertionError, KeyError: naming the word that is wrong; for a word of another library,
@@ -110,6 +113,7 @@ class CheckpointHook:
         self._extras = hook_words.Extras.parse(max_keep_ckpts, kwargs)
         self.greater_keys = parse_keys(greater_keys, self._default_greater_keys, "greater_keys")
         self.less_keys = parse_keys(less_keys, self._default_less_keys, "less_keys")
+        self._best_words = dict(save_best=save_best, rule=rule, greater_keys=greater_keys, less_keys=less_keys)
         metrics = parse_metrics(save_best, rule, greater_keys, less_keys)
         self._contest = Contest(BestBy(metrics, self._extras.max_keep_best))
         self.save_best = [save_best] if isinstance(save_best, str) else save_best
@@ -121,7 +125,13 @@ class CheckpointHook:
             self.best_ckpt_path_dict = {}
         self.last_ckpt: str | None = None
         self.keep_ckpt_ids: deque[int] = deque()
+        if self._extras.is_sharded and (filename_tmpl or published_keys or file_client_args or backend_args):
+            raise ValueError(
+                'format="sharded": filename_tmpl, published_keys, file_client_args and backend_args are for files, and '
+                "each checkpoint is a directory then; distckpt.export makes a file of it"
+            )
         self._opened: tuple[Any, RunnerRun, Triggers] | None = None
+        self._sharded: ShardedRunner | None = None
         self._resumed_count = 0
 
     @property
@@ -140,13 +150,13 @@ class CheckpointHook:
         """The methods that a runner of MMEngine will call."""
         return [
             *("before_run", "after_load_checkpoint", "before_train", "after_train_iter"),
-            *("after_train_epoch", "after_val_epoch", "after_train"),
+            *("after_train_epoch", "before_val_epoch", "after_val_epoch", "after_train"),
         ]
 
     def before_run(self, runner: Any) -> None:
         """``last_checkpoint``, from which the runner may resume, says a file that is whole, if there is one. Where it
         was moved, damaged or lost, it says the newest other one, with a warning."""
-        if not getattr(runner, "_resume", False):
+        if self._extras.is_sharded or not getattr(runner, "_resume", False):
             return
         out_dir = hook_words.nested(self._asked_dir, str(runner.work_dir))
 
@@ -176,6 +186,9 @@ class CheckpointHook:
         runner.logger.info(f"Checkpoints will be saved to {out_dir}.")
         if self.by_epoch and type(getattr(runner, "train_loop", None)).__name__ == "IterBasedTrainLoop":
             runner.logger.warning("by_epoch=True in a loop of iterations saves once, at its end; use by_epoch=False")
+        if self._extras.is_sharded:
+            self._sharded = ShardedRunner(runner, out_dir, **self._sharded_words())
+            return
         opened = self._open(runner, work_dir, out_dir)
         self._resumed_count = self._count(Progress(runner.iter, runner.epoch))
         ids = message_hub.recall(runner, message_hub.KEEP_CKPT_IDS)
@@ -191,15 +204,24 @@ class CheckpointHook:
         Raises:
             SaveFailed: on all ranks, where a save failed.
         """
-        if self.by_epoch:
+        if self._sharded is not None:
+            self._sharded.after_train_epoch()
+        elif self.by_epoch:
             self._save_if_due(runner, Progress(runner.iter, runner.epoch + 1), runner.max_epochs)
 
     def after_train_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Mapping[str, Any] | None = None
     ) -> None:
         """As `after_train_epoch`, for the iteration that ends."""
-        if not self.by_epoch:
+        if self._sharded is not None:
+            self._sharded.after_train_iter()
+        elif not self.by_epoch:
             self._save_if_due(runner, Progress(runner.iter + 1, runner.epoch), runner.max_iters)
+
+    def before_val_epoch(self, runner: Any) -> None:
+        """Validation begins. Not collective."""
+        if self._sharded is not None:
+            self._sharded.before_val_epoch()
 
     def after_val_epoch(self, runner: Any, metrics: Mapping[str, Any]) -> None:
         """What was validated is saved, or linked where it was saved just now, if it is the best by a metric.
@@ -210,6 +232,9 @@ class CheckpointHook:
             KeyError, TypeError, ValueError: on all ranks, where a metric is missing, no number, or has no rule.
             SaveFailed: on all ranks, where a save failed.
         """
+        if self._sharded is not None:
+            self._sharded.after_val_epoch(metrics)
+            return
         judged = self._opened is not None and bool(self.save_best)
         verdict = self._require_open()[0].judge(metrics) if judged else None
         if verdict is not None and verdict.wins:
@@ -229,6 +254,9 @@ class CheckpointHook:
             SaveFailed: on all ranks, where a save failed.
             RankFailure: on all ranks, where something could not be published.
         """
+        if self._sharded is not None:
+            self._sharded.after_train()
+            self._sharded = None
         if self._opened is None:
             return
         opened, _ = self._require_open()
@@ -326,6 +354,20 @@ class CheckpointHook:
         self._opened = (runner, opened, Triggers(self._schedule, opened.run, by_epoch=self.by_epoch))
         opened.reserve(runner)
         return opened
+
+    def _sharded_words(self) -> dict[str, Any]:
+        """What `ShardedRunner` takes."""
+        return dict(
+            save_optimizer=self.save_optimizer,
+            save_param_scheduler=self.save_param_scheduler,
+            interval=self.interval,
+            by_epoch=self.by_epoch,
+            save_begin=self.save_begin,
+            save_last=self.save_last,
+            **self._best_words,
+            **{word: one for word, one in {**hook_words.OURS, **self.args}.items() if word != "format"},
+            max_keep_ckpts=self.max_keep_ckpts,
+        )
 
     def _require_open(self) -> tuple[RunnerRun, Triggers]:
         if self._opened is None:

@@ -15,10 +15,11 @@ from distckpt import layout
 from distckpt.buffers import Mode, parse_mode
 from distckpt.retention import Retention
 from distckpt.schedule import parse_duration
-from distckpt.words import check_flags
+from distckpt.words import check_choice, check_flags
 
 # Words beyond the specification, with their defaults.
 OURS: Mapping[str, Any] = {
+    "format": "pth",
     "async_save": False,
     "sync_buffers": "mean",
     "timeout": timedelta(minutes=15),
@@ -35,6 +36,7 @@ _LOCAL_BACKENDS = (None, "local", "disk")
 class Extras:
     """The words beyond the specification. ``keeping`` are those of `Retention.parse`."""
 
+    is_sharded: bool
     async_save: bool
     buffers_mode: Mode
     timeout: timedelta
@@ -49,6 +51,7 @@ class Extras:
             TypeError, ValueError: naming the word that is wrong.
         """
         asked = {**OURS, **words}
+        check_choice("format", asked["format"], ("pth", "sharded"))
         check_flags(async_save=asked["async_save"])
         best = asked["max_keep_best"]
         if isinstance(best, bool) or not isinstance(best, int) or best < 1:
@@ -57,6 +60,7 @@ class Extras:
         keeping["max_keep_ckpts"] = max_keep_ckpts
         Retention.parse(**keeping)  # finds wrong words
         return cls(
+            is_sharded=asked["format"] == "sharded",
             async_save=asked["async_save"],
             buffers_mode=parse_mode(asked["sync_buffers"]),
             timeout=parse_duration(asked["timeout"], "timeout"),

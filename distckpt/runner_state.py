@@ -45,7 +45,7 @@ def capture(
             "`save_param_scheduler` is True but `param_schedulers` of the runner is None, so none are saved"
         )
     elif save_param_scheduler:
-        checkpoint["param_schedulers"] = _scheduler_states(schedulers)
+        checkpoint["param_schedulers"] = scheduler_states(schedulers)
     if hasattr(runner, "call_hook"):
         runner.call_hook("before_save_checkpoint", checkpoint=checkpoint)
     return checkpoint
@@ -177,9 +177,10 @@ def _optimizer_state(optimizer: Any, *, is_leader: bool) -> Any:
     return optimizer.state_dict()
 
 
-def _scheduler_states(schedulers: Any) -> Any:
+def scheduler_states(schedulers: Any) -> Any:
+    """The state of a scheduler, in a list, of those in a list, or of several such by name."""
     if isinstance(schedulers, dict):
-        return {name: _scheduler_states(some) for name, some in schedulers.items()}
+        return {name: scheduler_states(some) for name, some in schedulers.items()}
     some = schedulers if isinstance(schedulers, list | tuple) else [schedulers]
     # Functions are code and no state: a scheduler that is loaded keeps its own.
     return [{key: one for key, one in scheduler.state_dict().items() if not callable(one)} for scheduler in some]

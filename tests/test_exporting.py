@@ -103,7 +103,7 @@ def test_a_pth_is_what_the_part_was_for_plain_torch(run, tmp_path, mmap):
 
 
 def test_a_pth_holds_what_is_no_tensor_too(run, tmp_path):
-    export(run, tmp_path / "optimizer.pth", to="pth", part="optimizer")
+    export(run, tmp_path / "optimizer.pth", part="optimizer")
     held, expected = torch.load(tmp_path / "optimizer.pth", weights_only=True), optimizer_state()
     assert held["param_groups"] == expected["param_groups"] and held["state"][1] == {}
     assert held["state"][0]["step"] == 3.0

@@ -76,12 +76,13 @@ CANDIDATES = {"candidates"}
 INTRODUCED = {"capturing", "choosing", "dcp_reader", "exporting", "initialising", "publishing", "hook_words"}
 RESUMING = {"policy", "resuming", "saver", "step_body"}
 RUNS = {"checkpointer", "runner_run"}
+RANKS_RUN = {"sharded_runner"}
 HOOK = {"hook"}
 DOORS = {"testing"}
 
 FLOORS = [
     *([GROUND], [WORDS], [RECORDS], [POLICIES], [CONTRACTS], [FLOWS, HANDS]),
-    *([CANDIDATES], [INTRODUCED], [RESUMING], [RUNS], [HOOK], [DOORS]),
+    *([CANDIDATES], [INTRODUCED], [RESUMING], [RUNS], [RANKS_RUN], [HOOK], [DOORS]),
 ]
 NAMED = [name for floor in FLOORS for room in floor for name in room]
 
