@@ -14,7 +14,7 @@ import pytest
 EXAMPLES = Path(__file__).parents[2] / "scripts" / "examples"
 PYTHON = [sys.executable]
 TWO_RANKS = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-COMMANDS = {"accelerate_loop": PYTHON, "ddp_loop": TWO_RANKS, "fsdp2_loop": TWO_RANKS}
+COMMANDS = {"accelerate_loop": PYTHON, "ddp_loop": TWO_RANKS, "fsdp2_loop": TWO_RANKS, "lightning_trainer": PYTHON}
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -36,7 +36,7 @@ def run(name: str, folder: Path) -> tuple[str, str]:
 
 
 def test_each_is_run():
-    assert {path.stem for path in EXAMPLES.glob("*_loop.py")} == set(COMMANDS)
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == set(COMMANDS)
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
