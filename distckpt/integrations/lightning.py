@@ -134,7 +134,7 @@ class CheckpointCallback(Checkpoint):
         self._unwrap()
         self._fit = _Fit()
         self._wrap(trainer._checkpoint_connector, "resume_start", self._choose_start, trainer)
-        if stage == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # it is set by setattr
+        if stage == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # mypy does not see it
             loop = trainer.fit_loop
             self._fit.loaders = Loaders(trainer)
             self._wrap(loop, "_load_combined_loader_states", self._attach)
@@ -325,7 +325,8 @@ class CheckpointCallback(Checkpoint):
             raise TypeError("this is for the Trainer of the package lightning, not for that of pytorch_lightning")
         if others := [type(one).__name__ for one in trainer.checkpoint_callbacks if one is not self]:
             raise ValueError(f"a Trainer saves by one callback: take out {', '.join(others)}, or CheckpointCallback")
-        if changing := [type(one).__name__ for one in trainer.callbacks if isinstance(one, _CHANGE_PARTS)]:
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]  # mypy does not see where they are set
+        if changing := [type(one).__name__ for one in callbacks if isinstance(one, _CHANGE_PARTS)]:
             raise TypeError(
                 f"{', '.join(changing)}: what it makes of optimizers, schedulers or weights as training goes on is not "
                 "there where a run is taken up again; for averages take WeightAveraging"
