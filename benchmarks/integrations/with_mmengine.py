@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
 from mmengine.runner import Runner
@@ -46,6 +47,7 @@ class Times(Hook):
 
 def train(name: str, folder: Path, until: int) -> dict[str, Any]:
     os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"  # or the stock hook's files cannot be resumed from
+    torch.manual_seed(0)
     times = Times()
     runner = Runner(
         model=Net(),
