@@ -25,6 +25,7 @@ from mmengine.evaluator import BaseMetric
 from mmengine.hooks import EMAHook, Hook
 from mmengine.model import BaseModel
 from mmengine.runner import FlexibleRunner, Runner
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 import distckpt
@@ -233,6 +234,26 @@ def test_a_work_dir_that_ranks_do_not_share_is_an_error_on_all(run_ranks, tmp_pa
     if "not permitted" in told:
         pytest.skip("needs a file system of its own")
     assert all("a file system that they share" in one for one in told), told
+
+
+def slowly(rank: int, work_dir: str) -> list[float]:
+    _set_pg_timeout(timedelta(seconds=2), dist.group.WORLD)
+    sync, left = os.fsync, [1]
+
+    def slow(number: int) -> None:
+        while left:
+            time.sleep(5 * left.pop())
+        sync(number)
+
+    os.fsync = slow if rank == 0 else sync  # a process of its own
+    return train(rank, work_dir, dict(wrapper="ddp", interval=1, epochs=2))
+
+
+@pytest.mark.timeout(60)
+def test_a_save_that_takes_longer_than_a_collective_may_harms_nobody(run_ranks, tmp_path):
+    told = run_ranks(2, slowly, str(tmp_path))
+    assert told[0] == told[1]
+    assert len([*tmp_path.glob("epoch_*.pth")]) == 2
 
 
 @pytest.mark.timeout(60)
