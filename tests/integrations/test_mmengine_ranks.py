@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 
 pytest.importorskip("mmengine")
 
+import matplotlib.pyplot  # noqa: F401  a runner imports it: once here, and not in each forked rank
 from mmengine.evaluator import BaseMetric
 from mmengine.hooks import EMAHook, Hook
 from mmengine.model import BaseModel
@@ -29,6 +30,7 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 import distckpt
+import distckpt.hook  # once here, too
 from distckpt import DistckptError
 
 CLONE_NEWNS = 0x20000
