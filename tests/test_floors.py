@@ -78,7 +78,7 @@ RESUMING = {"policy", "resuming", "saver", "step_body"}
 RUNS = {"checkpointer", "runner_run"}
 RANKS_RUN = {"sharded_runner"}
 HOOK = {"hook"}
-DOORS = {"testing", "integrations.lightning", "integrations.lightning_parts"}
+DOORS = {"testing", "integrations.lightning", "integrations.lightning_parts", "integrations.transformers"}
 
 FLOORS = [
     *([GROUND], [WORDS], [RECORDS], [POLICIES], [CONTRACTS], [FLOWS, HANDS]),

@@ -14,7 +14,13 @@ import pytest
 EXAMPLES = Path(__file__).parents[2] / "scripts" / "examples"
 PYTHON = [sys.executable]
 TWO_RANKS = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-COMMANDS = {"accelerate_loop": PYTHON, "ddp_loop": TWO_RANKS, "fsdp2_loop": TWO_RANKS, "lightning_trainer": PYTHON}
+COMMANDS = {
+    "accelerate_loop": PYTHON,
+    "ddp_loop": TWO_RANKS,
+    "fsdp2_loop": TWO_RANKS,
+    "lightning_trainer": PYTHON,
+    "transformers_trainer": PYTHON,
+}
 
 pytestmark = pytest.mark.timeout(240)
 
