@@ -26,7 +26,7 @@ def prepared() -> tuple[Accelerator, nn.Module, Any, Any]:
     return accelerator, *accelerator.prepare(model, optimizer, loader)
 
 
-def train(name: str, folder: Path, until: int) -> dict[str, Any]:
+def train(name: str, folder: Path, until: int) -> tuple[dict[int, float], nn.Module]:
     accelerator, model, optimizer, loader = prepared()
     ckpt = distckpt.Checkpointer(folder, accelerator, interval=EVERY, save_last=False) if name == OURS else None
     step, saved, batches = 0, sorted(folder.glob("step_*")), loader
@@ -54,7 +54,7 @@ def train(name: str, folder: Path, until: int) -> dict[str, Any]:
         batches = loader
     if ckpt is not None:
         ckpt.close()
-    return times.result(model)
+    return times.seconds, model
 
 
 if __name__ == "__main__":

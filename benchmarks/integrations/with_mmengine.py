@@ -11,13 +11,12 @@ from mmengine.hooks import Hook
 from mmengine.model import BaseModel
 from mmengine.runner import Runner
 from side_by_side import BATCH, EVERY, StepTimes, compare, make_data, make_model, mean_square
-from torch import Tensor
+from torch import Tensor, nn
 
 STOCK = "mmengine.hooks.CheckpointHook"
 HOOKS: dict[str, dict[str, Any]] = {
     "distckpt.CheckpointHook": dict(type="distckpt.CheckpointHook"),
-    "distckpt.CheckpointHook, async_save": dict(type="distckpt.CheckpointHook", async_save=True),
-    "distckpt.CheckpointHook, sharded, async_save": dict(
+    "distckpt.CheckpointHook(sharded, async_save)": dict(
         type="distckpt.CheckpointHook", format="sharded", async_save=True
     ),
     STOCK: dict(type="CheckpointHook"),
@@ -45,7 +44,7 @@ class Times(Hook):
         self.times.step(runner.iter + 1)
 
 
-def train(name: str, folder: Path, until: int) -> dict[str, Any]:
+def train(name: str, folder: Path, until: int) -> tuple[dict[int, float], nn.Module]:
     os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"  # or the stock hook's files cannot be resumed from
     torch.manual_seed(0)
     times = Times()
@@ -68,7 +67,7 @@ def train(name: str, folder: Path, until: int) -> dict[str, Any]:
         log_level="ERROR",
     )
     runner.train()
-    return times.times.result(runner.model)
+    return times.times.seconds, runner.model
 
 
 if __name__ == "__main__":
