@@ -30,6 +30,7 @@ from distckpt.catalog import scan
 from distckpt.checkpointer import Checkpointer
 from distckpt.initialising import committed
 from distckpt.integrations.lightning_parts import Hooked, Loaders, Loops, Metrics
+from distckpt.manifest import Record
 from distckpt.progress import Progress
 from distckpt.ranks.process_group import detect
 from distckpt.resuming import best_of, read_part
@@ -121,10 +122,7 @@ class CheckpointCallback(Checkpoint):
     def best_model_path(self) -> str:
         """The best checkpoint by the first metric of ``save_best``; empty where there is none. What Lightning takes for
         ``ckpt_path="best"``."""
-        if self.checkpointer is not None:
-            record = self.checkpointer.best
-        else:
-            record = best_of(scan(LocalStore(self._out_dir)).records, self._metrics)
+        record = self.checkpointer.best if self.checkpointer is not None else best_of(self._records(), self._metrics)
         return "" if record is None else str(self._out_dir / record.name)
 
     # Hooks of Lightning
@@ -251,13 +249,10 @@ class CheckpointCallback(Checkpoint):
         """In the place of Lightning's reading of ``ckpt_path``, where that is ours."""
         path, is_fit = checkpoint_path, trainer.state.fn == TrainerFn.FITTING
         if path is not None:
-            place, holds = trainer.strategy.broadcast((self._place(path), is_fit and self._holds_checkpoints()))
-            if place is not None and is_fit:
-                self._fit.which, path = self._name_in(*place), None
-            elif place is not None:
-                root, name = place
+            place, holds = trainer.strategy.broadcast((self._place(path), is_fit and bool(self._records())))
+            if place is not None:
+                self._start_from(trainer, *place)
                 path = None
-                read_part(root, detect(timedelta(minutes=15)), _MODEL, trainer.strategy.model, name=name)
             elif holds:
                 _log.warning("%s holds checkpoints, which this run goes on from: %s is not read", self._out_dir, path)
                 path = None
@@ -300,6 +295,9 @@ class CheckpointCallback(Checkpoint):
             raise KeyError(f"save_best: none of {sorted(names)} was logged, but {seen}")
         return told
 
+    def _records(self) -> list[Record]:
+        return scan(LocalStore(self._out_dir)).records if self._out_dir.is_dir() else []
+
     def _terminate(self, *_: Any) -> None:
         self._fit.is_terminated = True
 
@@ -309,16 +307,16 @@ class CheckpointCallback(Checkpoint):
             return str(path), None
         return committed(os.fspath(path))
 
-    def _name_in(self, root: str, name: str | None) -> str:
-        if Path(root).resolve() != self._out_dir.resolve():
+    def _start_from(self, trainer: Trainer, root: str, name: str | None) -> None:
+        if trainer.state.fn != TrainerFn.FITTING:
+            read_part(root, detect(timedelta(minutes=15)), _MODEL, trainer.strategy.model, name=name)
+        elif Path(root).resolve() != self._out_dir.resolve():
             raise ValueError(
                 f"ckpt_path is of the run in {root}: construct CheckpointCallback with that directory to go on in it, "
                 "or with init_from= to start from its weights"
             )
-        return name or "latest"
-
-    def _holds_checkpoints(self) -> bool:
-        return self._out_dir.is_dir() and bool(scan(LocalStore(self._out_dir)).records)
+        elif name is not None:
+            self._fit.which = name
 
     def _check(self, trainer: Trainer) -> None:
         if not isinstance(trainer, Trainer):

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from lightning import __version__
 from lightning.fabric.utilities.data import _set_sampler_epoch, sized_len
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
@@ -64,17 +65,14 @@ class Loaders:
         """The loaders that Lightning has made, and iterates over next, count from now on.
 
         Raises:
-            TypeError: where several are combined so that it is not known how far each is.
+            TypeError: where there are several, and it is not known how far each is.
         """
         combined = self._loop._combined_loader
         assert combined is not None
         loaders = combined.flattened
-        if len(loaders) > 1 and (combined._mode == "max_size" or None in map(sized_len, loaders)):
-            raise TypeError(
-                "how far several data loaders are is not known with CombinedLoader(mode='max_size'), or where one has "
-                "no length: use mode='max_size_cycle' or 'min_size', of loaders with a length"
-            )
-        self._positions = [self._position(one) for one in loaders]
+        if len(loaders) > 1 and None in map(sized_len, loaders):
+            raise TypeError("how far several training data loaders are is not known where one of them has no length")
+        self._positions = [one for one in map(self._position, loaders) if one is not None]
 
     def go_on(self) -> None:
         """Lightning's next batch is the next one of the epoch that was begun."""
@@ -93,9 +91,7 @@ class Loaders:
 
     def _position(self, loader: Any) -> Any:
         if isinstance(loader, DataLoader):
-            length = sized_len(loader)
-            position = LoaderPosition(loader, ahead=lambda: self._unseen(position, length), looks_ahead=length is None)
-            return position
+            return LoaderPosition(loader, ahead=self._unseen, looks_ahead=sized_len(loader) is None)
         if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict"):
             return loader
         _log.warning(
@@ -103,24 +99,14 @@ class Loaders:
             "middle of an epoch reads its data from the beginning",
             type(loader).__name__,
         )
-        return _Unknown()
+        return None
 
-    def _unseen(self, position: LoaderPosition, length: int | None) -> int | None:
-        """As ``ahead`` of `LoaderPosition`."""
-        running = position.running
+    def _unseen(self) -> int | None:
+        """As ``ahead`` of `LoaderPosition`. A loader that is at its end where others are not is in that epoch still:
+        Lightning finds it out when it asks for the next batch."""
         if self._loop.epoch_loop._num_ready_batches_reached():
             return None
-        if running is not None and length is not None and running.count >= length:  # others are longer: it begins anew
-            return None
         return len(getattr(self._loop._data_fetcher, "batches", ()))
-
-
-class _Unknown:
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        pass
 
 
 class Metrics:
@@ -188,8 +174,11 @@ class Hooked:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         trainer = self._trainer
-        version = {"pytorch-lightning_version": _version()}
-        told = {**version, **state["hooks"], **dict.fromkeys(state[_SAME_AS_MODEL], self._weights())}
+        told = {
+            "pytorch-lightning_version": __version__,
+            **state["hooks"],
+            **dict.fromkeys(state[_SAME_AS_MODEL], self._weights()),
+        }
         call._call_lightning_module_hook(trainer, "on_load_checkpoint", told)
         if self._data is not None and state.get("data"):
             call._call_lightning_datamodule_hook(trainer, "load_state_dict", state["data"])
@@ -206,9 +195,3 @@ class Hooked:
 
 def _holds_only(value: Any, known: set[int]) -> bool:
     return isinstance(value, dict) and bool(value) and all(id(one) in known for one in value.values())
-
-
-def _version() -> str:
-    import lightning
-
-    return str(lightning.__version__)

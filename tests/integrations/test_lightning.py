@@ -64,7 +64,7 @@ class Program(LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         batches = batch if isinstance(batch, list) else [batch]
-        loss = torch.stack([self.net(one).square().mean() for one in batches]).sum()
+        loss = torch.stack([self.net(one).square().mean() for one in batches if one is not None]).sum()
         self.losses.append(loss.item())
         self.log("train_loss", loss, on_step=False, on_epoch=True)
         return loss
@@ -100,6 +100,9 @@ class TwoOptimizers(Program):
             self.manual_backward(super().training_step(batch, batch_idx))
             optimizer.step()
         self.lr_schedulers().step()
+
+    def on_after_backward(self) -> None:
+        self.log("gradient", self.net[0].weight.grad.norm(), on_step=False, on_epoch=True)
 
     def configure_optimizers(self) -> Any:
         (first,), schedulers = super().configure_optimizers()
@@ -144,6 +147,11 @@ class Combined(Program):
         return [super().train_dataloader(), short]
 
 
+class Longest(Combined):
+    def train_dataloader(self) -> Any:
+        return CombinedLoader(super().train_dataloader(), "max_size")
+
+
 class Sharded(Program):
     def configure_model(self) -> None:
         for module in (self.net[0], self.net[3], self.net):
@@ -172,6 +180,7 @@ class Watch(Callback):
             trainer.checkpoint_callback.checkpointer.wait()
             trainer.strategy.barrier()
             end_workers()
+            Path(trainer.default_root_dir, "killed").touch()
             os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -241,10 +250,14 @@ def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
 
 PROGRAMS: dict[str, tuple[int, type[Program], dict[str, Any]]] = {
     "plain": (1, Program, {}),
-    "saved at ends of epochs": (1, Program, {"saving": {"interval": 1, "by_epoch": True}, "killed_at": 15}),
+    "saved at ends of epochs": (
+        1,
+        Program,
+        {"saving": {"interval": 1, "by_epoch": True}, "limit_train_batches": 7, "killed_at": 15},
+    ),
     "gradients are accumulated": (1, Program, {"accumulate_grad_batches": 5, "killed_at": 6}),
     "validated within an epoch": (1, Plateau, {"val_check_interval": 4, "check_val_every_n_epoch": 1}),
-    "two optimizers by hand": (1, TwoOptimizers, {"killed_at": 29}),
+    "two optimizers by hand": (1, TwoOptimizers, {"killed_at": 28}),
     "bfloat16, a limit, a last step": (
         1,
         Program,
@@ -254,6 +267,8 @@ PROGRAMS: dict[str, tuple[int, type[Program], dict[str, Any]]] = {
     "workers that live on": (1, PersistentWorkers, {"killed_at": 18}),
     "a stream": (1, Streamed, {"killed_at": 16}),
     "several loaders": (1, Combined, {"killed_at": 18}),
+    "several loaders, the shorter one at its end": (1, Combined, {"killed_at": 9}),
+    "the longest of several loaders": (1, Longest, {"killed_at": 9}),
     "DDP": (2, Program, {"strategy": "ddp"}),
     "FSDP": (2, Program, {"make_strategy": lambda: Fsdp1(auto_wrap_policy={nn.Linear})}),
     "FSDP2": (
@@ -272,6 +287,7 @@ def test_a_killed_run_ends_as_one_that_was_not(run_ranks, tmp_path, program):
     whole = run_ranks(world_size, train, world_size, str(tmp_path / "whole"), kind, words, None, 3)
     run = str(tmp_path / "run")
     run_ranks(world_size, train, world_size, run, kind, words, killed_at, 3, lost=range(world_size))
+    assert Path(run, "killed").exists()
     resumed = run_ranks(world_size, train, world_size, run, kind, words, None, 77)
     for one, other in zip(whole, resumed, strict=True):
         assert_same(one, other)
@@ -569,16 +585,16 @@ def test_whole_files_are_refused_where_no_rank_has_the_whole(tmp_path):
 
 
 def test_loaders_of_which_it_is_not_known_how_far_they_are_are_refused(tmp_path):
-    class Longest(Program):
+    class Streams(Program):
         def train_dataloader(self) -> Any:
-            return CombinedLoader([DataLoader(Noisy()), DataLoader(Noisy())], "max_size")
+            return [DataLoader(Noisy()), DataLoader(Stream())]
 
     class Fetching(Program):
         def training_step(self, dataloader_iter: Any) -> Tensor:
             return self.net(next(dataloader_iter)[0]).mean()
 
-    with pytest.raises(TypeError, match="how far several data loaders are is not known"):
-        fit(tmp_path, module=Longest)
+    with pytest.raises(TypeError, match="how far several training data loaders are is not known"):
+        fit(tmp_path, module=Streams)
     with pytest.raises(TypeError, match=r"training_step\(dataloader_iter\) fetches what nobody else knows of"):
         fit(tmp_path, module=Fetching)
     assert not any(tmp_path.iterdir())
