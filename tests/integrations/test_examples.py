@@ -14,8 +14,8 @@ import pytest
 EXAMPLES = Path(__file__).parents[2] / "scripts" / "examples"
 PYTHON = [sys.executable]
 TWO_RANKS = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-LAUNCHER = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-ACCELERATE = [sys.executable, *LAUNCHER, "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"]
+LAUNCHER = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+ACCELERATE = [*LAUNCHER, "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"]
 COMMANDS = {
     "accelerate_loop": ACCELERATE,
     "ddp_loop": TWO_RANKS,
