@@ -44,6 +44,7 @@ from transformers.trainer_callback import ExportableState, TrainerControl  # noq
 
 _log = logging.getLogger("distckpt")
 
+_TIMES = ("_runtime", "_per_second", "_preparation_time")  # these say nothing of the model
 _STATE_FILE = "trainer_state.json"  # by which Trainer knows a checkpoint, and where it was
 
 
@@ -133,7 +134,9 @@ class CheckpointCallback(TrainerCallback):  # type: ignore[misc]  # transformers
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Mapping[str, Any], **_: Any) -> None:
         if self._ckpt is not None:
-            ours = {name: one for name, one in metrics.items() if name.startswith("eval_")}
+            ours = {
+                name: one for name, one in metrics.items() if name.startswith("eval_") and not name.endswith(_TIMES)
+            }
             self._metrics |= {name: one for name, one in ours.items() if isinstance(one, numbers.Real)}
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
