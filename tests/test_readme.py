@@ -13,9 +13,8 @@ import distckpt
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-(QUICK_START, OWN_LOOP, PLAIN_READING, EXPORTS, SHARDED, ACCELERATE, MMENGINE) = re.findall(
-    r"```python\n(.*?)```", README, re.DOTALL
-)
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+QUICK_START, OWN_LOOP, PLAIN_READING, EXPORTS, SHARDED, ACCELERATE, LIGHTNING, TRANSFORMERS, MMENGINE = SNIPPETS
 SHORT_START = QUICK_START.replace("10_000", "2_000")
 
 
@@ -114,6 +113,45 @@ def test_what_an_accelerator_prepared_is_saved(names):
         names["ckpt"].step()
     names["ckpt"].save("asked", wait=True)
     assert names["ckpt"].latest.progress.step == 4
+
+
+def test_a_lightning_trainer_saves(names):
+    from lightning.pytorch import LightningModule
+
+    class Module(LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = names["model"]
+
+        def training_step(self, batch, batch_idx):
+            return self.net(batch).square().mean()
+
+        def validation_step(self, batch, batch_idx):
+            self.log("val_loss", self.net(batch).square().mean())
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+    loader = torch.utils.data.DataLoader(torch.randn(32, 2), batch_size=8)
+    names |= dict(module=Module(), loader=loader, validation_loader=loader)
+    exec(LIGHTNING.replace("callbacks=", 'logger=False, accelerator="cpu", callbacks='), names)
+    assert Path("runs/lightning/latest").resolve().name == "step-00000040"
+    assert Path("runs/lightning/best-val_loss").exists()
+
+
+def test_a_trainer_of_hugging_face_saves(names):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    words = torch.arange(8)
+    data = [{"input_ids": words, "labels": words}] * 16
+    config = GPT2Config(vocab_size=8, n_positions=8, n_embd=8, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+    names |= dict(model=GPT2LMHeadModel(config), train_data=data, eval_data=data)
+    few = "use_cpu=True, report_to=[], max_steps=4, eval_steps=2)"
+    exec(TRANSFORMERS.replace("eval_steps=500)", few).replace("interval=500", "interval=2"), names)
+    assert Path("runs/trainer/latest").resolve().name == "step-00000004"
+    assert Path("runs/trainer/best-eval_loss").exists()
+    distckpt.export("runs/trainer", "model", to="hf")
+    assert GPT2LMHeadModel.from_pretrained("model").config.n_embd == 8
 
 
 def test_mmengine_builds_the_hook_from_the_config():
