@@ -78,7 +78,11 @@ RESUMING = {"policy", "resuming", "saver", "step_body"}
 RUNS = {"checkpointer", "runner_run"}
 RANKS_RUN = {"sharded_runner"}
 HOOK = {"hook"}
-DOORS = {"testing", "integrations.lightning", "integrations.lightning_parts", "integrations.transformers"}
+DOORS = {
+    "testing",
+    *("integrations.lightning", "integrations.lightning_parts"),
+    *("integrations.transformers", "integrations.transformers_parts"),
+}
 
 FLOORS = [
     *([GROUND], [WORDS], [RECORDS], [POLICIES], [CONTRACTS], [FLOWS, HANDS]),

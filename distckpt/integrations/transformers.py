@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import inspect
-import json
 import logging
 import numbers
 import os
@@ -25,6 +23,7 @@ from distckpt.accelerator_state import PreparedLoader, refuse_unknown_state
 from distckpt.best import AUTO
 from distckpt.catalog import scan
 from distckpt.checkpointer import Checkpointer
+from distckpt.errors import StateMismatch
 from distckpt.extras import require
 from distckpt.initialising import committed
 from distckpt.loader_position import LoaderPosition
@@ -38,9 +37,10 @@ from distckpt.stores.local import LocalStore
 
 require("transformers", extra="transformers", at_least="5.3")  # the error names the extra
 
-from transformers import Trainer, TrainerCallback, TrainerState  # noqa: E402
+from transformers import Trainer, TrainerCallback  # noqa: E402
 from transformers import trainer as trainer_module  # noqa: E402
-from transformers.trainer_callback import ExportableState, TrainerControl  # noqa: E402
+
+from distckpt.integrations.transformers_parts import LossesPart, TrainerPart, restore_callbacks  # noqa: E402
 
 _log = logging.getLogger("distckpt")
 
@@ -109,8 +109,13 @@ class CheckpointCallback(TrainerCallback):  # type: ignore[misc]  # transformers
         parts = self._parts(called["train_dataloader"])
         self._ckpt = ckpt = Checkpointer(self._out_dir, parts, per_rank=["loader", "losses"], **self._words)
         self._at = Progress(state.global_step, self._epoch)
+        shutil.rmtree(self._folder)  # it was read, and a process that is killed should leave nothing behind
         from_leader(self._ranks, f"write of {layout.PRETRAINED}", self._write_pretrained)
         if self._told is None and state.global_step:
+            if from_leader(self._ranks, "look for checkpoints", lambda: ckpt.latest is not None):
+                raise ValueError(
+                    f"{self._out_dir} holds checkpoints: they are resumed from without resume_from_checkpoint"
+                )
             ckpt.start_at(state.global_step, epoch=self._epoch)
             return
         step = ckpt.resume(self._name or "latest")
@@ -133,10 +138,8 @@ class CheckpointCallback(TrainerCallback):  # type: ignore[misc]  # transformers
         self._is_in_epoch = False
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Mapping[str, Any], **_: Any) -> None:
+        ours = {name: one for name, one in metrics.items() if name.startswith("eval_") and not name.endswith(_TIMES)}
         if self._ckpt is not None:
-            ours = {
-                name: one for name, one in metrics.items() if name.startswith("eval_") and not name.endswith(_TIMES)
-            }
             self._metrics |= {name: one for name, one in ours.items() if isinstance(one, numbers.Real)}
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -177,7 +180,7 @@ class CheckpointCallback(TrainerCallback):  # type: ignore[misc]  # transformers
         if self._told is not None:
             if self._is_exact:
                 epochs, batches = self._told["epoch"], self._told["batches"]
-            self._restore_callbacks(state.stateful_callbacks)
+            restore_callbacks(self._trainer, state.stateful_callbacks)
         self._epoch, self._batches = epochs, batches
         is_over = self._told is not None and state.global_step >= state.max_steps
         return (state.num_train_epochs, 0) if is_over else (epochs, batches)
@@ -212,10 +215,6 @@ class CheckpointCallback(TrainerCallback):  # type: ignore[misc]  # transformers
         finally:
             trainer_module.skip_first_batches = stock
 
-    def ask(self) -> None:
-        """Somebody asked Trainer for a checkpoint of this step."""
-        self._is_asked = True
-
     def boundary(self) -> None:
         """A step is done, or an epoch, and was logged and evaluated. Saves if that is due. Collective."""
         ckpt, state, control = self._ckpt, self._trainer.state, self._trainer.control
@@ -247,8 +246,6 @@ class CheckpointCallback(TrainerCallback):  # type: ignore[misc]  # transformers
         for word in ("ignore_data_skip", "auto_find_batch_size", "enable_jit_checkpoint"):
             if getattr(args, word, False):
                 raise ValueError(f"{word} cannot be used with a CheckpointCallback: {_REFUSED[word]}")
-        if trainer.is_deepspeed_enabled:
-            raise TypeError("the state of DeepSpeed's engine is known to DeepSpeed alone: use Trainer's save_strategy")
         refuse_unknown_state(trainer.accelerator)
         if getattr(trainer.accelerator.parallelism_config, "sp_enabled", False):
             raise TypeError("how far a loader for sequence parallelism is, is not known here: use save_strategy")
@@ -274,12 +271,22 @@ class CheckpointCallback(TrainerCallback):  # type: ignore[misc]  # transformers
         """Trainer finds in a folder of its kind how far that checkpoint is, if there is one. Collective."""
         store = LocalStore(self._out_dir)
         self._name = from_leader(self._ranks, "choice", lambda: name_of(which, scan(store).records, ()))
-        progress = _TrainerPart(self)
-        if read_part(self._out_dir, self._ranks, "trainer", progress, name=self._name):
+        progress = TrainerPart(self._trainer, self._where)
+        try:
+            is_there = read_part(self._out_dir, self._ranks, "trainer", progress, name=self._name)
+        except StateMismatch as error:
+            raise StateMismatch(
+                f"{self._out_dir} holds checkpoints of a program without a Trainer: give this one an out_dir of its "
+                "own, and init_from= that one"
+            ) from error
+        if is_there:
             self._told = progress.told
             self._is_exact = self._told["world_size"] == self._ranks.world_size
-            Path(self._folder, _STATE_FILE).write_text(json.dumps(self._told["state"]))
+            Path(self._folder, _STATE_FILE).write_text(self._told["state"])
         return self._told is not None
+
+    def _where(self) -> dict[str, int]:
+        return {"epoch": self._epoch, "batches": self._batches, "world_size": self._ranks.world_size}
 
     def _parts(self, loader: Any) -> dict[str, Any]:
         trainer, self._loader = self._trainer, loader
@@ -293,18 +300,11 @@ class CheckpointCallback(TrainerCallback):  # type: ignore[misc]  # transformers
             "optimizer": getattr(trainer.optimizer, "optimizer", trainer.optimizer),
             "scheduler": trainer.lr_scheduler,
             "scaler": trainer.accelerator.scaler,
-            "trainer": _TrainerPart(self),
-            "losses": _LossesPart(trainer),
+            "trainer": TrainerPart(trainer, self._where),
+            "losses": LossesPart(trainer),
             "loader": self._position,
         }
         return {name: part for name, part in parts.items() if part is not None}
-
-    def _restore_callbacks(self, saved: Mapping[str, Any]) -> None:
-        """Other callbacks, such as those for early stopping, go on where they were."""
-        left = {name: list(one) if isinstance(one, list) else [one] for name, one in saved.items()}
-        for callback in _stateful(self._trainer):
-            if told := left.get(type(callback).__name__):
-                vars(callback).update(told.pop(0)["attributes"])
 
     def _write_pretrained(self) -> None:
         target, trainer = self._out_dir / layout.PRETRAINED, self._trainer
@@ -390,55 +390,12 @@ class _Checkpointed:
         self._distckpt.boundary()
 
     def _save_checkpoint(self, *args: Any, **more: Any) -> None:
-        self._distckpt.ask()
-
-
-class _TrainerPart:
-    """What Trainer and its callbacks know of a training, and how far it is."""
-
-    def __init__(self, callback: CheckpointCallback) -> None:
-        self._callback = callback
-        self.told: dict[str, Any] = {}
-
-    def state_dict(self) -> dict[str, Any]:
-        trainer = self._callback._trainer
-        callbacks = TrainerState(stateful_callbacks=_stateful(trainer)).stateful_callbacks
-        told = dataclasses.asdict(trainer.state) | {"stateful_callbacks": callbacks}
-        state = json.loads(json.dumps(told, default=lambda one: one.item()))  # numbers of NumPy and torch, too
-        where = {"epoch": self._callback._epoch, "batches": self._callback._batches}
-        return {"state": state, **where, "world_size": self._callback._ranks.world_size}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.told = dict(state)
-
-
-class _LossesPart:
-    """What each rank has summed up and not logged yet."""
-
-    def __init__(self, trainer: Any) -> None:
-        self._trainer = trainer
-
-    def state_dict(self) -> dict[str, Any]:
-        trainer = self._trainer
-        loss = trainer._tr_loss.item()
-        return {"loss": loss, "logged_at": trainer._globalstep_last_logged, "flos": trainer.current_flos}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        trainer = self._trainer
-        trainer._tr_loss.fill_(state["loss"])
-        trainer._total_loss_scalar = -state["loss"]  # which is of this call of train() alone
-        trainer._globalstep_last_logged, trainer.current_flos = state["logged_at"], state["flos"]
+        self._distckpt._is_asked = True  # by some other callback
 
 
 def _evaluated(name: str) -> str:
     """The name that Trainer gives to a metric of an evaluation."""
     return name if name == AUTO or name.startswith("eval_") else f"eval_{name}"
-
-
-def _stateful(trainer: Any) -> list[Any]:
-    """The callbacks that have a state; the control is none, as what it says is of one step."""
-    found = [one for one in trainer.callback_handler.callbacks if isinstance(one, ExportableState)]
-    return [one for one in found if not isinstance(one, TrainerControl)]
 
 
 def _calling_trainer() -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -359,6 +360,26 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
         other.train(resume_from_checkpoint=str(tmp_path / "one" / "step-00000014"))
 
 
+def test_checkpoints_of_no_trainer_are_refused_by_a_word_that_helps(tmp_path):
+    with distckpt.Checkpointer(tmp_path / "loop", {"model": model()}) as ckpt:
+        ckpt.step()
+    with pytest.raises(distckpt.StateMismatch, match="of a program without a Trainer: .* init_from="):
+        trainer(tmp_path / "hf", [CheckpointCallback(tmp_path / "loop")]).train()
+    trainer(tmp_path / "hf", [CheckpointCallback(tmp_path / "run", init_from=tmp_path / "loop")]).train()
+
+
+def test_nothing_is_left_in_the_temporary_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    seen = []
+    for _ in range(2):
+        watching = Watching(TOTAL, lambda control: seen.extend((tmp_path / "temporary").iterdir()))
+        trainer(tmp_path / "hf", [CheckpointCallback(tmp_path / "run", interval=9), watching]).train()
+        for path in (tmp_path / "run").glob("step-00000014*"):  # so that there is something left to do
+            path.unlink() if path.is_file() else shutil.rmtree(path)
+    assert seen == [] and not list((tmp_path / "temporary").iterdir())
+
+
 def test_true_without_any_checkpoint_is_an_error_as_it_is_without_us(tmp_path):
     with pytest.raises(ValueError, match="No valid checkpoint found"):
         trainer(tmp_path / "hf", [CheckpointCallback(tmp_path / "run")]).train(resume_from_checkpoint=True)
@@ -375,6 +396,8 @@ def test_one_that_trainer_saved_is_resumed_as_trainer_does(tmp_path, program):
     ours = trainer(tmp_path / "hf", [CheckpointCallback(tmp_path / "run", interval=4)], data=data, **program)
     ours.train(resume_from_checkpoint=theirs)
     assert saved(tmp_path / "run") == ["step-00000008", "step-00000012", "step-00000014"]
+    with pytest.raises(ValueError, match="holds checkpoints: they are resumed from without resume_from_checkpoint"):
+        trainer(tmp_path / "hf", [CheckpointCallback(tmp_path / "run")], data=data).train(resume_from_checkpoint=theirs)
     again = trainer(tmp_path / "hf", [CheckpointCallback(tmp_path / "run")], data=data, seed=8, **program)
     again.train(resume_from_checkpoint=str(tmp_path / "run" / "step-00000008"))
     for one in (ours, again):
