@@ -15,14 +15,18 @@ import torch
 import torch.distributed as dist
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, DistributedType, GradientState, PartialState
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset, IterableDataset
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     EarlyStoppingCallback,
     GPT2Config,
     GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -423,9 +427,12 @@ def test_of_a_damaged_one_the_one_before_is_taken(tmp_path):
 
 
 def test_the_model_is_exported_for_from_pretrained(tmp_path):
-    one = trainer(tmp_path / "hf", [CheckpointCallback(tmp_path / "run")])
+    words = Tokenizer(WordLevel({f"w{nth}": nth for nth in range(32)}, unk_token="w0"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w0")
+    one = trainer(tmp_path / "hf", [CheckpointCallback(tmp_path / "run")], processing_class=tokenizer)
     one.train()
     distckpt.export(tmp_path / "run", tmp_path / "exported", to="hf")
+    assert AutoTokenizer.from_pretrained(tmp_path / "exported").convert_tokens_to_ids(["w7"]) == [7]
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
     assert isinstance(found, GPT2LMHeadModel)
     for name, value in one.model.state_dict().items():
