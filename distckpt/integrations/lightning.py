@@ -79,8 +79,8 @@ class CheckpointCallback(Checkpoint):
     ``Trainer(callbacks=[CheckpointCallback("runs/x", interval=1000, save_best="val_loss")])``, and nothing else.
     ``fit`` goes on from the newest checkpoint in the directory, in the middle of an epoch, too, with the position of
     the training data loaders and the random numbers of each rank. A save is made when a batch is done with all that
-    belongs to it: validation, schedulers, hooks; where gradients are accumulated, after the last batch of a step.
-    Steps are counted as ``trainer.global_step``.
+    belongs to it: validation, schedulers, hooks; where gradients are accumulated, after the last batch of a step,
+    and none where training is stopped before. Steps are counted as ``trainer.global_step``.
 
     Metrics are what was logged in the validation, or in the training epoch, that has just ended. Where a validation
     ends while gradients are being accumulated, they go with the step that is done next.

@@ -14,7 +14,13 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    EMAWeightAveraging,
+    GradientAccumulationScheduler,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor, nn
@@ -255,7 +261,11 @@ PROGRAMS: dict[str, tuple[int, type[Program], dict[str, Any]]] = {
         Program,
         {"saving": {"interval": 1, "by_epoch": True}, "limit_train_batches": 7, "killed_at": 15},
     ),
-    "gradients are accumulated": (1, Program, {"accumulate_grad_batches": 5, "killed_at": 6}),
+    "gradients are accumulated": (
+        1,
+        Program,
+        {"accumulate_grad_batches": 5, "check_val_every_n_epoch": 2, "saving": {"interval": 2}, "killed_at": 8},
+    ),
     "validated within an epoch": (1, Plateau, {"val_check_interval": 4, "check_val_every_n_epoch": 1}),
     "two optimizers by hand": (1, TwoOptimizers, {"killed_at": 28}),
     "bfloat16, a limit, a last step": (
@@ -324,6 +334,12 @@ def test_it_is_saved_by_steps_by_epochs_and_at_the_end(tmp_path):
     assert steps(tmp_path / "whole steps") == [1, 2, 3]
 
 
+def test_what_is_left_within_a_step_is_not_saved(tmp_path):
+    stopping = EarlyStopping("val_loss", patience=0, stopping_threshold=1e9)
+    trainer = fit(tmp_path, stopping, accumulate_grad_batches=5, val_check_interval=7, num_sanity_val_steps=0)
+    assert trainer.global_step == 1 and len(losses(trainer)) == 7 and not steps(tmp_path)
+
+
 class Scored(Program):
     """Its validations tell what they are asked to."""
 
@@ -383,6 +399,20 @@ def test_more_steps_may_be_asked_for(tmp_path, steps_before):
     whole = fit(tmp_path / "whole", max_steps=30, max_epochs=-1)
     first = fit(tmp_path / "run", max_steps=steps_before, max_epochs=-1)
     second = fit(tmp_path / "run", max_steps=30, max_epochs=-1)
+    assert losses(first) + losses(second) == losses(whole) and same(whole, second)
+
+
+@pytest.mark.parametrize(
+    ("steps_before", "words", "callbacks"),
+    [(29, {"reload_dataloaders_every_n_epochs": 2}, {}), (14, {}, {0: 1, 1: 3})],
+    ids=["loaders", "accumulation"],
+)
+def test_what_changes_as_an_epoch_begins_stays_for_the_rest_of_it(tmp_path, steps_before, words, callbacks):
+    def run(folder: str, until: int) -> Trainer:
+        more = [GradientAccumulationScheduler(callbacks)] if callbacks else []
+        return fit(tmp_path / folder, *more, max_steps=until, max_epochs=-1, **words)
+
+    whole, first, second = run("whole", 32), run("run", steps_before), run("run", 32)
     assert losses(first) + losses(second) == losses(whole) and same(whole, second)
 
 
