@@ -10,6 +10,7 @@ from side_by_side import BATCH, EVERY, STEPS, STEPS_IN_EPOCH, StepTimes, compare
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
 
 from distckpt.integrations.transformers import CheckpointCallback
 
@@ -60,6 +61,7 @@ def train(name: str, folder: Path, until: int) -> tuple[dict[int, float], nn.Mod
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(**CONFIG))
     trainer = Trainer(model=model, args=args, train_dataset=Noisy(), callbacks=[*ours, timed, Stopped(until)])
+    trainer.remove_callback(PrinterCallback)  # the table goes where it prints
     trainer.train(resume_from_checkpoint=name == STOCK and any(folder.glob("checkpoint-*")))
     return timed.times.seconds, model
 
