@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, FullyShardedDataParallelPlugin
-from accelerate.state import AcceleratorState, DistributedType, GradientState, PartialState
+from accelerate.state import DistributedType
+from launching import forget, launch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
@@ -53,19 +54,6 @@ class Average:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.weights = list(state["weights"])
-
-
-def launch(rank: int, world_size: int) -> None:
-    """The environment is that of ``accelerate launch``, and there is no Accelerator yet."""
-    words = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "localhost", "MASTER_PORT": 1}
-    os.environ.update({name: str(value) for name, value in words.items()}, ACCELERATE_USE_CPU="true")
-    forget()
-
-
-def forget() -> None:
-    """There is no Accelerator yet."""
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
 
 
 def train(

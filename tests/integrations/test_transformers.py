@@ -14,7 +14,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import FullyShardedDataParallelPlugin
-from accelerate.state import AcceleratorState, DistributedType, GradientState, PartialState
+from accelerate.state import DistributedType
+from launching import forget, launch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor
@@ -105,18 +106,6 @@ class Sharded(Trainer):
         state.distributed_type = DistributedType.FSDP
         state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="no_wrap")
         self.is_fsdp_enabled = True
-
-
-def launch(rank: int, world_size: int) -> None:
-    """The environment is that of ``torchrun``, and there is no Accelerator yet."""
-    words = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "localhost", "MASTER_PORT": 1}
-    os.environ.update({name: str(value) for name, value in words.items()}, ACCELERATE_USE_CPU="true")
-    forget()
-
-
-def forget() -> None:
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
 
 
 @pytest.fixture(autouse=True)
