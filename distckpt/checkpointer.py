@@ -366,6 +366,8 @@ class Checkpointer:
                     _log.warning("%s; it is not saved", self._body.left_words())
                 elif self._progress.step > 0:
                     self._save("last")
+            if not self._run.is_closed:
+                self._triggers.end()
         finally:
             self._end()
 

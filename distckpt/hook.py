@@ -259,11 +259,12 @@ class CheckpointHook:
             self._sharded = None
         if self._opened is None:
             return
-        opened, _ = self._require_open()
+        opened, triggers = self._require_open()
         try:
             if self.save_last:
                 self._save_end(runner, opened)
             opened.run.settle()
+            triggers.end()
             if self.published_keys is not None:
                 opened.publish(self._to_publish(opened), self.published_keys)
         finally:

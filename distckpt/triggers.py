@@ -55,6 +55,14 @@ class Triggers:
         if self._period is not None:
             self._period.restart()
 
+    def end(self) -> None:
+        """Training has ended: whoever asked it to stop has that, and the next start is not stopped by it. Every rank;
+        not collective."""
+        if is_leader(self._run.ranks):
+            for name in _CONTROL_FILES:
+                if self._run.store.exists(name):
+                    self._removes(name)
+
     def _count(self, progress: Progress) -> int:
         return progress.epoch if self._by_epoch else progress.step
 

@@ -173,6 +173,16 @@ def test_a_control_file_is_obeyed_and_removed(out_dir, clock, name, why, steps):
     assert resumed(out_dir) == (4, 4)
 
 
+def test_a_stop_that_comes_too_late_does_not_stop_the_next_start(out_dir, clock):
+    ckpt, _ = start(out_dir)
+    for step in ckpt.steps(3):
+        if step == 3:
+            (out_dir / "STOP").touch()
+    assert not ckpt.should_stop and not (out_dir / "STOP").exists()
+    clock.now += 10
+    assert [*start(out_dir)[0].steps(5)] == [4, 5]
+
+
 def test_what_a_stop_saves_is_durable_when_its_step_ends(out_dir, clock, gate):
     ckpt, _ = start(out_dir)
     (out_dir / "STOP").touch()

@@ -220,8 +220,6 @@ class CheckpointCallback(Checkpoint):
                 self.checkpointer.save("last")
             self._fit.is_open = False
             self.checkpointer.close()
-            if trainer.is_global_zero:
-                (self._out_dir / layout.STOP).unlink(missing_ok=True)  # it was over anyway
         original()
 
     def _keep_epoch(self, original: Callable[..., None]) -> None:

@@ -242,7 +242,7 @@ class CheckpointCallback(TrainerCallback):  # type: ignore[misc]  # transformers
         if sum(isinstance(one, CheckpointCallback) for one in trainer.callback_handler.callbacks) > 1:
             raise ValueError("two CheckpointCallbacks would save every step twice: give Trainer one")
         if args.save_strategy != "no":
-            raise ValueError(f'save_strategy should be "no" with a CheckpointCallback, is "{args.save_strategy}"')
+            raise ValueError(f'save_strategy should be "no" with a CheckpointCallback, is "{args.save_strategy.value}"')
         for word in ("ignore_data_skip", "auto_find_batch_size", "enable_jit_checkpoint"):
             if getattr(args, word, False):
                 raise ValueError(f"{word} cannot be used with a CheckpointCallback: {_REFUSED[word]}")
