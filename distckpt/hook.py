@@ -20,7 +20,7 @@ from distckpt.ranks import from_leader
 from distckpt.ranks.process_group import detect
 from distckpt.retention import BEST
 from distckpt.runner_run import RunnerRun
-from distckpt.runner_state import is_built, optimizer_of, to_histories
+from distckpt.runner_state import check_strategy, is_built, optimizer_of, to_histories
 from distckpt.schedule import Schedule
 from distckpt.sharded_runner import ShardedRunner
 from distckpt.stores.local import LocalStore
@@ -155,7 +155,12 @@ class CheckpointHook:
 
     def before_run(self, runner: Any) -> None:
         """``last_checkpoint``, from which the runner may resume, says a file that is whole, if there is one. Where it
-        was moved, damaged or lost, it says the newest other one, with a warning."""
+        was moved, damaged or lost, it says the newest other one, with a warning.
+
+        Raises:
+            TypeError: where the runner's strategy keeps its state to itself (DeepSpeed, ColossalAI).
+        """
+        check_strategy(runner)
         if self._extras.is_sharded or not getattr(runner, "_resume", False):
             return
         out_dir = hook_words.nested(self._asked_dir, str(runner.work_dir))

@@ -19,6 +19,7 @@ from distckpt.progress import Progress
 
 # Exactly these pass as they are; what is derived from them becomes one of them.
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, bytearray)
+_KEEP_TO_THEMSELVES = ("DeepSpeedStrategy", "ColossalAIStrategy")
 _ARRAYS, _NO_TENSORS = "biufc", "gG"
 
 
@@ -129,6 +130,19 @@ def optimizer_of(runner: Any) -> Any:
             "saves without it"
         )
     return found
+
+
+def check_strategy(runner: Any) -> None:
+    """What trains can be read.
+
+    Raises:
+        TypeError: naming a strategy of MMEngine that keeps the state of training to itself.
+    """
+    kind = type(getattr(runner, "strategy", None))
+    if any(one.__name__ in _KEEP_TO_THEMSELVES for one in kind.__mro__):
+        raise TypeError(
+            f"{kind.__name__} keeps the state of training to itself: use MMEngine's own CheckpointHook with it"
+        )
 
 
 def is_built(runner: Any) -> bool:

@@ -15,6 +15,7 @@ import torch
 
 pytest.importorskip("mmengine")
 
+from mmengine._strategy import DeepSpeedStrategy
 from mmengine.config import Config
 from mmengine.evaluator import BaseMetric
 from mmengine.hooks import EMAHook
@@ -296,6 +297,13 @@ def test_the_averaged_weights_of_the_ema_hook_are_what_is_saved_and_resumed(case
     resumed = build(case, epochs=3, start=2, interval=1, custom_hooks=[ema], resume=True)
     resumed.train()
     assert resumed.iter == 12
+
+
+def test_strategies_that_keep_their_state_to_themselves_are_refused_before_training(case):
+    runner = build(case)
+    runner.strategy = DeepSpeedStrategy.__new__(DeepSpeedStrategy)  # to construct one needs DeepSpeed
+    with pytest.raises(TypeError, match="DeepSpeedStrategy keeps"):
+        runner.train()
 
 
 def test_it_says_what_the_runner_asks_of_a_hook(case):
