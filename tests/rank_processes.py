@@ -33,25 +33,34 @@ class RankProcesses:
         """What ``work(rank, *args)`` returned on each rank; a rank that raised, died or hangs fails the test.
 
         The ranks in ``lost`` are expected to; their result is None, and while others go on nobody waits
-        for them.
+        for them. Each of the others is there until all of them have returned: its process may have the store
+        that they use.
         """
         context = multiprocessing.get_context("fork")
         with tempfile.TemporaryDirectory() as folder:
             pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
+            writers = [writer for _, writer in pipes]
+            stay = os.pipe()
             ranks = [
-                context.Process(target=_run, args=(rank, world_size, folder, writer, work, args))
-                for rank, (_, writer) in enumerate(pipes)
+                context.Process(target=_run, args=(rank, world_size, folder, writers, stay, rank in lost, work, args))
+                for rank in range(world_size)
             ]
             for rank in ranks:
                 rank.start()
-            for _, writer in pipes:
+            for writer in writers:
                 writer.close()
+            told: dict[int, Any] = {}
             try:
                 deadline = time.monotonic() + seconds
-                told = {rank: _receive(reader, deadline) for rank, (reader, _) in enumerate(pipes) if rank not in lost}
+                for nth, (reader, _) in enumerate(pipes):
+                    if nth not in lost:
+                        told[nth] = _receive(reader, deadline)
             finally:
+                for end in stay:
+                    os.close(end)
                 for nth, rank in enumerate(ranks):
-                    rank.join(0 if nth in lost and len(lost) < world_size else 30)
+                    goes = told[nth][0] != "hangs" if nth in told else len(lost) == world_size
+                    rank.join(30 if goes else 0)
                     rank.kill()
                     rank.join()
         failed = {rank: words for rank, (ending, words) in told.items() if ending != "returned"}
@@ -69,8 +78,19 @@ def _receive(reader: Connection, deadline: float) -> Any:
 
 
 def _run(
-    rank: int, world_size: int, folder: str, writer: Connection, work: Callable[..., Any], args: tuple[Any, ...]
+    rank: int,
+    world_size: int,
+    folder: str,
+    writers: list[Connection],
+    stay: tuple[int, int],
+    is_lost: bool,
+    work: Callable[..., Any],
+    args: tuple[Any, ...],
 ) -> None:
+    os.close(stay[1])  # the parent alone has it, and closes it when all have told
+    for one in writers[:rank] + writers[rank + 1 :]:
+        one.close()  # so that the end of a rank that died is seen while others are there
+    writer = writers[rank]
     try:
         store = meet(rank, world_size, Path(folder) / "port")
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=60))
@@ -79,6 +99,8 @@ def _run(
         told = ("raised", "".join(traceback.format_exception(error)))
     writer.send(told)
     writer.close()
+    if told[0] == "returned" and not is_lost:  # who raised goes at once, so that others need not wait in vain
+        os.read(stay[0], 1)
     os._exit(0)  # without the parent's exit handlers
 
 
