@@ -37,7 +37,7 @@ class Chunks:
             ValueError: naming ``whose`` it is, where it cannot be.
         """
         fields = exactly(told, {"files": list, "offsets": list, "sizes": list}, whose)
-        files, offsets, sizes = _files(fields["files"], paths, whose), fields["offsets"], fields["sizes"]
+        files, offsets, sizes = files_at(fields["files"], len(paths), paths, whose), fields["offsets"], fields["sizes"]
         if not are_counts(offsets) or not are_counts(sizes):
             raise ValueError(f"{whose} lie at no places")
         if not len(offsets) == len(sizes) == len(shape) * len(files):
@@ -89,7 +89,7 @@ class Grid:
     def from_fields(cls, told: Any, shape: tuple[int, ...], paths: Sequence[str], whose: str) -> Grid:
         """See `Chunks.from_fields`."""
         fields = exactly(told, {"files": list, "starts": list}, whose)
-        files = _files(fields["files"], paths, whose)
+        files = files_at(fields["files"], len(paths), paths, whose)
         starts = tuple(progressions.read(one, len(files), f"{whose}: its starts") for one in fields["starts"])
         if len(starts) != len(shape) or math.prod(map(len, starts)) != len(files) or not files:
             raise ValueError(f"{whose} have {len(files)} chunks, which are not the cells of {ascii(starts)[:80]}")
@@ -122,9 +122,13 @@ def are_counts(values: list[Any]) -> bool:
     return set(map(type, values)) <= {int} and (not values or min(values) >= 0)
 
 
-def _files(told: list[Any], paths: Sequence[str], whose: str) -> tuple[str, ...]:
-    """The files that chunks lie in, no two of a tensor in one."""
-    numbers = progressions.read(told, len(paths), f"{whose}: its files")
+def files_at(told: list[Any], most: int, paths: Sequence[str], whose: str) -> tuple[str, ...]:
+    """Those of ``paths`` that have these numbers, at most so many.
+
+    Raises:
+        ValueError: naming ``whose`` they are, where they cannot be.
+    """
+    numbers = progressions.read(told, most, f"{whose}: its files")
     if max(numbers, default=0) >= len(paths):
         raise ValueError(f"{whose} lie in files that there are not")
     return tuple(paths[number] for number in numbers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 RECORD_SUFFIX = ".committed"
@@ -121,9 +122,9 @@ def rank_state(rank: int) -> str:
     return f"rank-{rank:05d}.state.json"
 
 
-def is_rank_state(name: str) -> bool:
-    """Whether that is a `rank_state`."""
-    return name.endswith(".state.json")
+def rank_states(names: Iterable[str]) -> list[str]:
+    """Those of ``names`` that are a `rank_state`."""
+    return [name for name in names if name.endswith(".state.json")]
 
 
 def own_key(rank: int, part: str, key: str) -> str:

@@ -7,17 +7,21 @@ so that "the record is there" and "these are the bytes that were committed" are 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import repeat
 from typing import Any
 
 import xxhash
 
 from distckpt import layout, strict_json
-from distckpt.chunks import CUTS, Chunks, FileNumbers, Grid, are_counts
+from distckpt.chunks import CUTS, Chunks, FileNumbers, Grid, are_counts, files_at
 from distckpt.errors import DamagedCheckpoint, NewerVersion
 from distckpt.progress import Progress
 from distckpt.strict_json import exactly, take
+
+# By the word that says where tensors lie, the type of what says it.
+_LIES: Mapping[str, type] = {**dict.fromkeys(CUTS, dict), "files": list, "file": str}
 
 # Every older version stays readable for ever; a newer one is refused by name.
 VERSION = 1
@@ -61,14 +65,15 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class TensorGroup:
-    """Tensors that have one dtype and one global shape and lie alike, by their keys: a model has many tensors, and few
-    kinds of them.
+    """Tensors that have one dtype and one global shape and are cut alike, by their keys: a model has many tensors, and
+    few kinds of them.
 
     Attributes:
-        file: that holds each of them whole; ``""`` where they are cut into ``chunks``.
+        files: that hold them whole: one that has all of them, or one for each; none where they are cut into ``chunks``,
+            those of all of them in the same files.
     """
 
-    file: str
+    files: tuple[str, ...]
     dtype: str
     shape: tuple[int, ...]
     keys: tuple[str, ...]
@@ -78,29 +83,45 @@ class TensorGroup:
     def of(cls, dtype: str, shape: tuple[int, ...], chunks: Chunks | Grid, keys: tuple[str, ...]) -> TensorGroup:
         """Tensors that consist of these chunks."""
         if len(chunks.files) == 1 and (isinstance(chunks, Grid) or chunks.sizes == shape):
-            return cls(chunks.files[0], dtype, shape, keys)
-        return cls("", dtype, shape, keys, chunks)
+            return cls(chunks.files, dtype, shape, keys)
+        return cls((), dtype, shape, keys, chunks)
 
     def to_fields(self, numbers: FileNumbers) -> dict[str, Any]:
-        """As JSON, where files of chunks are known by their ``numbers``."""
+        """As JSON, where several files are known by their ``numbers``."""
         fields: dict[str, Any] = {"dtype": self.dtype, "shape": self.shape, "keys": self.keys}
-        if self.chunks is None:
-            return {"file": self.file, **fields}
-        return {**self.chunks.to_fields(numbers), **fields}
+        if self.chunks is not None:
+            return {**self.chunks.to_fields(numbers), **fields}
+        if len(self.files) > 1:
+            return {"files": numbers.told(self.files), **fields}
+        return {"file": self.files[0], **fields}
 
     @classmethod
     def from_fields(cls, fields: Any, paths: Sequence[str], what: str) -> TensorGroup:
-        kind = next((name for name in CUTS if type(fields) is dict and name in fields), "")
-        place = {kind: dict} if kind else {"file": str}
-        group = exactly(fields, {"dtype": str, "shape": list, "keys": list, **place}, what)
+        kind = next((name for name in _LIES if type(fields) is dict and name in fields), "file")
+        group = exactly(fields, {"dtype": str, "shape": list, "keys": list, kind: _LIES[kind]}, what)
         shape, keys = group["shape"], group["keys"]
         whose = f"{what}: tensors like {ascii(keys[:1])[:80]}"
         if not are_counts(shape):
             raise ValueError(f"{whose} have the shape {ascii(shape)[:80]}")
         if not set(map(type, keys)) <= {str}:
             raise ValueError(f"{whose} have keys that are no words")
-        chunks = CUTS[kind].from_fields(group[kind], tuple(shape), paths, whose) if kind else None
-        return cls("" if kind else group["file"], group["dtype"], tuple(shape), tuple(keys), chunks)
+        lies: dict[str, Any] = {"files": ()}
+        if kind in CUTS:
+            lies["chunks"] = CUTS[kind].from_fields(group[kind], tuple(shape), paths, whose)
+        elif kind == "file":
+            lies["files"] = (group["file"],)
+        else:
+            lies["files"] = files = files_at(group["files"], len(keys), paths, whose)
+            if len(files) != len(keys) or len(files) < 2:
+                raise ValueError(f"{whose} are {len(keys)}, and lie in {len(files)} files")
+        return cls(dtype=group["dtype"], shape=tuple(shape), keys=tuple(keys), **lies)
+
+    @property
+    def files_of_each(self) -> Iterable[tuple[str, ...]]:
+        """Of each of the keys, the files that it lies in, chunk by chunk."""
+        if self.chunks is None and len(self.files) > 1:
+            return zip(self.files, strict=True)
+        return repeat(self.files if self.chunks is None else self.chunks.files, len(self.keys))
 
 
 @dataclass(frozen=True)

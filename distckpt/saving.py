@@ -145,12 +145,12 @@ def _commit(catalog: Catalog | None, draft: Draft, job: Job, format: Format, tol
 
 def _to_json(group: TensorGroup) -> Json:
     chunks = group.chunks and [group.chunks.files, group.chunks.offsets, group.chunks.sizes]
-    return [group.file, group.dtype, group.shape, group.keys, chunks]
+    return [group.files, group.dtype, group.shape, group.keys, chunks]
 
 
 def _to_group(told: Json) -> TensorGroup:
-    file, dtype, shape, keys, chunks = told
-    return TensorGroup(file, dtype, tuple(shape), tuple(keys), chunks and Chunks(*map(tuple, chunks)))
+    files, dtype, shape, keys, chunks = told
+    return TensorGroup(tuple(files), dtype, tuple(shape), tuple(keys), chunks and Chunks(*map(tuple, chunks)))
 
 
 def _to_written(told: Json) -> Written:

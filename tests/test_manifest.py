@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distckpt import strict_json
+from distckpt.chunks import Grid
 from distckpt.errors import DamagedCheckpoint, NewerVersion
 from distckpt.manifest import VERSION, FileEntry, Manifest, Record, TensorGroup, digest
 from distckpt.progress import Progress
@@ -37,7 +39,7 @@ MANIFEST = Manifest(
     attempt=3,
     serial=7,
     files=(FileEntry("model.safetensors", 4096, "a" * 32), FileEntry("state.json", 2, "b" * 32)),
-    tensors=(TensorGroup("model.safetensors", "F32", (4, 6), ("layer.weight", "head.weight")),),
+    tensors=(TensorGroup(("model.safetensors",), "F32", (4, 6), ("layer.weight", "head.weight")),),
     metrics={"val/loss": 0.25},
     seconds={"write": 0.5},
     environment={"torch": "2.13.0"},
@@ -60,22 +62,31 @@ common = {
     "metrics": numbers,
 }
 records = st.builds(Record, name=words, total_bytes=count, content_bytes=count, content_xxh3_128=words, **common)
-manifests = st.builds(
-    Manifest,
-    files=st.lists(st.builds(FileEntry, safe_names, count, words), max_size=3, unique_by=lambda file: file.path).map(
-        tuple
-    ),
-    tensors=st.lists(
-        st.builds(
-            TensorGroup, words, words, st.lists(count, max_size=3).map(tuple), st.lists(words, max_size=3).map(tuple)
-        ),
-        max_size=3,
-    ).map(tuple),
-    seconds=numbers,
-    environment=st.dictionaries(words, words, max_size=2),
-    read_with=words,
-    **common,
-)
+
+
+@st.composite
+def groups(draw: st.DrawFn, paths: Sequence[str]) -> TensorGroup:
+    """Tensors that are whole, in one file, or each in one of the checkpoint's."""
+    keys = draw(st.lists(words, max_size=4))
+    each = st.lists(st.sampled_from(paths), min_size=len(keys), max_size=len(keys)) if paths else st.nothing()
+    files = draw(each if paths and len(keys) > 1 and draw(st.booleans()) else words.map(lambda one: [one]))
+    shape = draw(st.lists(count, max_size=3))
+    return TensorGroup(tuple(files), draw(words), tuple(shape), tuple(keys))
+
+
+@st.composite
+def manifests(draw: st.DrawFn) -> Manifest:
+    entries = st.builds(FileEntry, safe_names, count, words)
+    files = draw(st.lists(entries, max_size=3, unique_by=lambda file: file.path))
+    told = {name: draw(of) for name, of in common.items()}
+    return Manifest(
+        files=tuple(files),
+        tensors=tuple(draw(st.lists(groups([one.path for one in files]), max_size=3))),
+        seconds=draw(numbers),
+        environment=draw(st.dictionaries(words, words, max_size=2)),
+        read_with=draw(words),
+        **told,
+    )
 
 
 def fields_of(data: bytes) -> dict:
@@ -95,9 +106,25 @@ def test_a_record_is_read_back_as_it_was_written(record):
 
 
 @settings(max_examples=50)
-@given(manifests)
+@given(manifests())
 def test_a_manifest_is_read_back_as_it_was_written(manifest):
     assert Manifest.from_json(manifest.to_json(), "it") == manifest
+
+
+def test_of_each_tensor_it_is_known_in_which_files_it_lies():
+    whole = TensorGroup(("a",), "F32", (2,), ("x", "y"))
+    assert [*whole.files_of_each] == [("a",), ("a",)]
+    assert [*replace(whole, files=("a", "b")).files_of_each] == [("a",), ("b",)]
+    cut = Grid(("a", "b"), (2,), (range(2),))
+    assert [*replace(whole, files=(), chunks=cut).files_of_each] == [("a", "b"), ("a", "b")]
+
+
+@pytest.mark.parametrize("files", [[], [0], [0, 1, 0], [0, 2], [0, -1], [[0, 0, 2]], "ab", [0, 0.5], [0, None], None])
+def test_tensors_that_lie_in_no_files_or_in_too_many_are_refused(files):
+    fields = fields_of(MANIFEST.to_json())
+    fields["tensors"] = [{"files": files, "dtype": "F32", "shape": [2], "keys": ["x", "y"]}]
+    with pytest.raises(DamagedCheckpoint, match="^it"):
+        Manifest.from_json(strict_json.dump(fields), "it")
 
 
 def test_a_record_finds_each_bit_of_it_that_flipped():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from statistics import median
 from typing import Any
@@ -77,12 +78,10 @@ def balance(groups: Sequence[TensorGroup], mesh: Mesh) -> float | None:
     """The most that one of the ranks writes that hold the same, of their mean; ``None`` for shares that are small."""
     written = np.zeros(math.prod(mesh.shape))
     for group in groups:
-        each = ITEM_BYTES[group.dtype] * len(group.keys)
-        if group.chunks is None:
-            written[layout.rank_of(group.file)] += math.prod(group.shape) * each
-            continue
-        volumes = np.array(group.chunks.sizes, dtype=np.int64).reshape(len(group.chunks.files), -1).prod(axis=1)
-        np.add.at(written, [layout.rank_of(file) for file in group.chunks.files], volumes * each)
+        sizes = group.chunks.sizes if group.chunks else group.shape
+        parts = np.array(sizes, dtype=np.int64).reshape(-1, len(group.shape)) if sizes else np.ones((1, 1), np.int64)
+        for files, keys in Counter(group.files_of_each).items():
+            np.add.at(written, [*map(layout.rank_of, files)], parts.prod(axis=1) * ITEM_BYTES[group.dtype] * keys)
     by_replica = written.reshape(mesh.shape[0], -1)
     if by_replica.mean() < LEAST_BALANCED_BYTES:
         return None
@@ -125,7 +124,7 @@ def restored(groups: tuple[TensorGroup, ...], state: str, ranks: int, tensors: i
             opened = OpenedSharded(Nothing(), "checkpoint", manifest, rank, None)  # type: ignore[arg-type]
             for kind, box in zip(holding.kinds, holding.boxes, strict=True):
                 if box is not None:
-                    reads += len(opened._layouts[kind.key].cut.chunks_in(box.offsets, box.sizes))  # as `fill` does
+                    reads += len(opened._lies[kind.key][0].chunks_in(box.offsets, box.sizes))  # as `fill` does
         plannings.append((of_rank["restore"], reads))
     return {
         **seconds,

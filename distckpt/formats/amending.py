@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -46,7 +46,7 @@ def amended(
     """
     groups: list[_Group] = []
     members: dict[str, tuple[int, ...]] = {}  # the groups in which each tensor is, of those that some rank has
-    for group in planned:
+    for group in _by_place(planned):
         written = [one for one in _chunks(group) if layout.rank_of(one.file) not in others]
         members |= {key: (len(groups),) for key in group.keys if not holders[key] <= others.keys()}
         groups.append(_Group(group.dtype, group.shape, written))
@@ -62,6 +62,19 @@ def amended(
     for key, of in members.items():
         alike[of].append(key)
     return tuple(_joined([groups[one] for one in of], keys) for of, keys in alike.items())
+
+
+def _by_place(groups: Sequence[TensorGroup]) -> Iterator[TensorGroup]:
+    """The same, with those only in a group that lie in the same files."""
+    for group in groups:
+        keys: defaultdict[str, list[str]] = defaultdict(list)
+        if len(group.files) < 2:
+            yield group
+            continue
+        for file, key in zip(group.files, group.keys, strict=True):
+            keys[file].append(key)
+        for file, of in keys.items():
+            yield replace(group, files=(file,), keys=tuple(of))
 
 
 def _joined(groups: Sequence[_Group], keys: Sequence[str]) -> TensorGroup:
@@ -96,7 +109,7 @@ def _is_within(one: _Chunk, other: _Chunk) -> bool:
 
 def _chunks(group: TensorGroup) -> list[_Chunk]:
     if group.chunks is None:
-        return [_Chunk(group.file, (0,) * len(group.shape), group.shape)]
+        return [_Chunk(group.files[0], (0,) * len(group.shape), group.shape)]
     dims, chunks = len(group.shape), group.chunks
     return [
         _Chunk(file, chunks.offsets[at : at + dims], chunks.sizes[at : at + dims])

@@ -35,7 +35,9 @@ class OpenedFull:
         self._entries = {entry.path: entry for entry in manifest.files}
         self._committed: defaultdict[str, dict[str, tuple[str, tuple[int, ...]]]] = defaultdict(dict)
         for one in manifest.tensors:
-            self._committed[one.file].update(dict.fromkeys(one.keys, (one.dtype, one.shape)))
+            for key, lies in zip(one.keys, one.files_of_each, strict=True):
+                for file in lies:
+                    self._committed[file][key] = one.dtype, one.shape
         self._files: dict[str, SafetensorsFile] = {}
         self._stand_ins: dict[tuple[object, ...], Tensor] = {}
         self._places: dict[int, tuple[str, str]] = {}

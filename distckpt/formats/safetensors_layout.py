@@ -51,5 +51,5 @@ def lay_out(path: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str
         tensors=[tensor for _, tensor in ordered],
         offsets=[len(header) + begin for begin in begins],
         keys=[key for key, _ in ordered],
-        groups=tuple(TensorGroup(path, *kind, tuple(keys)) for kind, keys in alike.items()),
+        groups=tuple(TensorGroup((path,), *kind, tuple(keys)) for kind, keys in alike.items()),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NamedTuple
@@ -278,7 +278,7 @@ class _Writing:
         self._files: dict[tuple[bytes, int], tuple[str, ...]] = {}
 
     def groups(self) -> tuple[TensorGroup, ...]:
-        """Of all tensors: together those of one dtype and shape that lie in the same files."""
+        """Of all tensors: together those of one dtype and shape that are whole, or lie in the same files."""
         kinds = self._held.kinds
         found = []
         loose: defaultdict[str, list[tuple[Alike, Ints, int]]] = defaultdict(list)
@@ -301,7 +301,7 @@ class _Writing:
             files = [file for of, _, _ in pieces for file in of]
             offsets, sizes = (np.concatenate([piece[at] for piece in pieces]) for at in (1, 2))
             found.append(TensorGroup.of(kind.dtype, kind.shape, _laid(kind.shape, files, offsets, sizes), (key,)))
-        return tuple(found)
+        return *_together(one for one in found if one.files), *(one for one in found if one.chunks)
 
     def _lies(self, one: Alike, owners: Ints, nth: int) -> Chunks | Grid:
         if one.starts is not None and (owners != _CUT).all():
@@ -330,6 +330,17 @@ class _Writing:
         if (known := self._files.get(key)) is None:
             known = self._files[key] = tuple(layout.shard_file(owner, number) for owner in owners.tolist())
         return known
+
+
+def _together(groups: Iterable[TensorGroup]) -> Iterator[TensorGroup]:
+    """Those that are whole, in one group for each dtype and shape."""
+    alike: defaultdict[tuple[str, tuple[int, ...]], list[TensorGroup]] = defaultdict(list)
+    for one in groups:
+        alike[one.dtype, one.shape].append(one)
+    for (dtype, shape), several in alike.items():
+        files = tuple(one.files[0] for one in several for _ in one.keys)
+        keys = tuple(key for one in several for key in one.keys)
+        yield TensorGroup(files if len(several) > 1 else files[:1], dtype, shape, keys)
 
 
 def _laid(shape: tuple[int, ...], files: Sequence[str], offsets: Ints, sizes: Ints) -> Chunks | Grid:

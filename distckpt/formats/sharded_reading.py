@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from itertools import repeat
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from distckpt.formats.shard_file import ShardFile, Wanted
 from distckpt.formats.shards import boxes_of, bytes_of, is_on_several, narrowed, shape_in_bytes, view_of
 from distckpt.formats.stand_ins import stand_in
 from distckpt.formats.streaming import all_of
-from distckpt.formats.tiling import Overlap, tiling_of
+from distckpt.formats.tiling import Extents, Overlap, tiling_of
 from distckpt.formats.tree import Reference
 from distckpt.manifest import Manifest, TensorGroup, digest
 from distckpt.stores import Store
@@ -43,20 +44,20 @@ class _Cut:
             self._tiling = tiling_of(group.shape, group.chunks)
         except ValueError as error:
             raise DamagedCheckpoint(f"{_whose(group, what)} is not whole: {error}") from error
-        self._known: dict[tuple[tuple[int, ...], tuple[int, ...]], list[Overlap]] = {}
+        self._known: dict[tuple[Extents, Extents], list[Overlap]] = {}
 
-    def chunks_in(self, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> list[Overlap]:
+    def chunks_in(self, offsets: Extents, sizes: Extents) -> list[Overlap]:
         """What that box consists of. All of it is there, as all of the tensor is, once."""
-        if (known := self._known.get((offsets, sizes))) is None:
-            known = self._known[offsets, sizes] = self._tiling.overlaps(offsets, sizes)
+        box = offsets, sizes
+        if (known := self._known.get(box)) is None:
+            known = self._known[box] = self._tiling.overlaps(offsets, sizes)
         return known
 
 
-class _Layout(NamedTuple):
-    """Where tensors lie: how they are cut, and the files that the chunks are in."""
-
-    cut: _Cut
-    files: Sequence[str]
+def _twice(manifest: Manifest) -> str:
+    """A key that is in it twice."""
+    counted = Counter(key for group in manifest.tensors for key in group.keys)
+    return ascii(counted.most_common(1)[0][0])[:80]
 
 
 def _whose(group: TensorGroup, what: str) -> str:
@@ -72,12 +73,11 @@ class OpenedSharded:
         self._entries = {entry.path: entry for entry in manifest.files}
         self._files: dict[str, ShardFile] = {}
         self._cuts: dict[Hashable, _Cut] = {}
-        self._layouts: dict[str, _Layout] = {}
+        self._lies: dict[str, tuple[_Cut, tuple[str, ...]]] = {}  # how each tensor is cut, and the files of the chunks
         for group in manifest.tensors:
-            lies = _Layout(self._cut_of(group), group.chunks.files if group.chunks else (group.file,))
-            for key in group.keys:
-                if self._layouts.setdefault(key, lies) is not lies:
-                    raise DamagedCheckpoint(f"{path}: {ascii(key)[:80]} stands twice in its manifest")
+            self._lies.update(zip(group.keys, zip(repeat(self._cut_of(group)), group.files_of_each), strict=True))
+        if len(self._lies) != sum(len(group.keys) for group in manifest.tensors):
+            raise DamagedCheckpoint(f"{path}: {_twice(manifest)} stands twice in its manifest")
         self._stand_ins: dict[tuple[object, ...], Tensor] = {}
         self._places: dict[int, tuple[str, str]] = {}  # of each stand-in: its file, if it is of one rank, and its key
         self._arrays: list[tuple[Tensor, Tensor]] = []
@@ -123,28 +123,28 @@ class OpenedSharded:
 
     def _chunks(self, key: str, standing: Tensor) -> Iterable[tuple[str, Chunk]]:
         """Where the parts of a tensor of the job lie."""
-        lies = self._layouts[key]
-        shape = lies.cut.shape
+        cut, files = self._lies[key]
+        shape = cut.shape
         dims = standing.ndim  # where it lies as bytes, there may be one more, that of the bytes of an element
-        for part in lies.cut.chunks_in((0,) * len(shape), shape):
-            yield lies.files[part.nth], Chunk(standing, part.begins[:dims], part.shared[:dims])
+        for part in cut.chunks_in((0,) * len(shape), shape):
+            yield files[part.nth], Chunk(standing, part.begins[:dims], part.shared[:dims])
 
     def _wanted(self, file: str, key: str, target: Tensor) -> Iterable[tuple[str, str, Wanted]]:
         if file:
             yield file, key, Wanted(None, (), target)
             return
-        lies = self._layouts[key]
-        if lies.cut.dtype is not target.dtype:
+        cut, files = self._lies[key]
+        if cut.dtype is not target.dtype:
             target = bytes_of(target)
         for box in boxes_of(target):
             view = view_of(target, box)
-            for chunk in lies.cut.chunks_in(box.offsets, box.sizes):
+            for chunk in cut.chunks_in(box.offsets, box.sizes):
                 part = narrowed(view, chunk.begins, chunk.shared)
-                yield lies.files[chunk.nth], key, Wanted(chunk.sizes, chunk.low, part)
+                yield files[chunk.nth], key, Wanted(chunk.sizes, chunk.low, part)
 
     def _shared(self, parts: Collection[str] | None) -> dict[str, Any]:
         """What the leader knew, and what other ranks knew beside."""
-        indexes = [layout.STATE, *filter(layout.is_rank_state, self._entries)]
+        indexes = [layout.STATE, *layout.rank_states(self._entries)]
         told = [self._index(index, parts, self._find_shared) for index in indexes]
         return merged(told)
 
@@ -173,7 +173,7 @@ class OpenedSharded:
 
     def _find_shared(self, part: str, reference: Reference) -> Any:
         key = f"{part}.{reference.key}"
-        cut = self._layouts[key].cut
+        cut, _ = self._lies[key]
         assert cut.dtype is not None, "others are refused"
         return self._stand_in("", key, reference, cut.dtype, cut.shape)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from itertools import product
+from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -45,40 +45,56 @@ def tiling_of(shape: Extents, chunks: Chunks | Grid | None) -> Tiling:
         if chunks.shape != shape:
             raise ValueError(f"its parts are those of one of shape {chunks.shape}")
         return _Cells(shape, chunks.starts)
-    return _Any(shape, chunks) if chunks else _Cells(shape, (range(1),) * len(shape))
+    return _Any(shape, chunks) if chunks else _Cells(shape, ())
 
 
 class _Cells:
     def __init__(self, shape: Extents, starts: Sequence[Sequence[int]]) -> None:
-        self._shape, self._starts = shape, starts
-        counts = [len(of) for of in starts]
-        self._steps = [math.prod(counts[dim + 1 :]) for dim in range(len(counts))]
+        self._shape = shape
+        self._cuts: list[tuple[int, Sequence[int], int]] = []  # each dimension that is cut, where, and between cells
+        step = 1
+        for dim in reversed(range(len(starts))):
+            if len(starts[dim]) > 1:
+                self._cuts.insert(0, (dim, starts[dim], step))
+                step *= len(starts[dim])
 
     def overlaps(self, offsets: Extents, sizes: Extents) -> list[Overlap]:
-        if not math.prod(sizes):
+        if 0 in sizes:
             return []
-        if not sizes:
-            return [Overlap(0, (), (), (), ())]
-        found = []
-        for cell in product(*map(_span, self._starts, self._shape, self._steps, offsets, sizes)):
-            numbers, extents, low, begins, shared = zip(*cell, strict=True)
-            found.append(Overlap(sum(numbers), extents, low, begins, shared))
+        found = [Overlap(0, self._shape, offsets, (0,) * len(sizes), sizes)]
+        for dim, starts, step in self._cuts:
+            spans = _spans(starts, self._shape[dim], offsets[dim], sizes[dim])
+            found = [_within(one, dim, step, span) for one in found for span in spans]
         return found
 
 
-def _span(starts: Sequence[int], extent: int, step: int, begin: int, size: int) -> list[tuple[int, int, int, int, int]]:
-    """The parts of a dimension that a range of it is in: what each adds to the number of a cell, its size, and from
-    where on in it, from where on in the range, and how much of it that is."""
-    if len(starts) == 1:
-        return [(0, extent, begin, 0, size)]
+# The how-manieth part of a dimension it is, its size, and what of it is in a range, as in `Overlap`.
+_Span = tuple[int, int, int, int, int]
+
+
+def _spans(starts: Sequence[int], extent: int, begin: int, size: int) -> list[_Span]:
+    """The parts of a dimension that a range of it is in."""
     end = begin + size
+    first, last = bisect_right(starts, begin) - 1, bisect_left(starts, end)
+    edges = (*starts[first:last], starts[last] if last < len(starts) else extent)
     found = []
-    for nth in range(bisect_right(starts, begin) - 1, bisect_left(starts, end)):
-        start = starts[nth]
-        stop = starts[nth + 1] if nth + 1 < len(starts) else extent
+    for nth, (start, stop) in enumerate(pairwise(edges), first):
         low, high = max(start, begin), min(stop, end)
-        found.append((nth * step, stop - start, low - start, low - begin, high - low))
+        found.append((nth, stop - start, low - start, low - begin, high - low))
     return found
+
+
+def _within(one: Overlap, dim: int, step: int, span: _Span) -> Overlap:
+    """What of it is in that part of a dimension."""
+    nth, size, low, begin, shared = span
+    rest = dim + 1
+    return Overlap(
+        one.nth + nth * step,
+        one.sizes[:dim] + (size,) + one.sizes[rest:],
+        one.low[:dim] + (low,) + one.low[rest:],
+        one.begins[:dim] + (begin,) + one.begins[rest:],
+        one.shared[:dim] + (shared,) + one.shared[rest:],
+    )
 
 
 class _Any:

@@ -119,13 +119,13 @@ def test_only_the_parts_that_are_asked_for_are_read(store):
 
 def test_the_manifest_names_every_tensor_with_its_type_and_shape(store):
     manifest = write(store, 2)
-    there = {(one.file, key, one.dtype, one.shape) for one in manifest.tensors for key in one.keys}
+    there = {(*one.files, key, one.dtype, one.shape) for one in manifest.tensors for key in one.keys}
     assert ("model.safetensors", "0.weight", "F32", (3, 2)) in there
     assert ("optimizer.safetensors", "state.0.exp_avg", "F32", (3, 2)) in there
     assert ("rank-00001.safetensors", "loader.order", "I64", (3,)) in there
-    for file in {one.file for one in manifest.tensors}:
+    for file in {file for one in manifest.tensors for file in one.files}:
         keys = safetensors.torch.load_file(store.root / FOLDER / file).keys()
-        assert sorted(keys) == sorted(key for one in manifest.tensors if one.file == file for key in one.keys)
+        assert sorted(keys) == sorted(key for one in manifest.tensors if one.files == (file,) for key in one.keys)
 
 
 def test_every_file_of_this_rank_is_checked_before_it_is_used(store):

@@ -100,7 +100,7 @@ def test_tensors_of_one_shape_come_back_though_each_is_cut_elsewhere_and_of_anot
     job.plan(replicated(state, 5))
     path, manifest, _ = job.save(replicated(state, 5))
     groups = [group for group in manifest.tensors if group.shape == (9000, 64)]
-    assert len({group.chunks and group.chunks.starts for group in groups}) > 3 and any(one.file for one in groups)
+    assert len({group.chunks and group.chunks.starts for group in groups}) > 3 and any(one.files for one in groups)
     assert same(job.read(path, manifest).shared["model"], state)
 
 
@@ -131,10 +131,8 @@ def test_where_few_are_to_write_the_first_of_each_machine_do(tmp_path, monkeypat
     monkeypatch.setattr("platform.node", lambda: next(nodes))
     job.plan(replicated(state, 4))
     path, manifest, written = job.save(replicated(state, 4))
-    files = {group.file for group in manifest.tensors} | {
-        file for one in manifest.tensors if one.chunks for file in one.chunks.files
-    }
-    assert files - {""} == {"rank-00000.safetensors", "rank-00001.safetensors"}
+    files = {file for group in manifest.tensors for lies in group.files_of_each for file in lies}
+    assert files == {"rank-00000.safetensors", "rank-00001.safetensors"}
     assert same(job.read(path, manifest).shared["model"], state)
 
 
@@ -143,7 +141,7 @@ def test_of_so_little_that_no_share_is_worth_a_file_one_rank_writes_all(tmp_path
     job = Job(tmp_path, 4)
     job.plan(replicated(state, 4))
     _, manifest, _ = job.save(replicated(state, 4))
-    assert {group.file for group in manifest.tensors} == {"rank-00000.safetensors"}
+    assert {group.files for group in manifest.tensors} == {("rank-00000.safetensors",)}
 
 
 def test_tensors_that_are_tied_are_read_as_one_and_lie_there_under_each_name(tmp_path):
@@ -206,6 +204,20 @@ def test_a_tensor_that_appears_on_one_rank_only_is_written_by_it_and_read_by_all
     path, manifest, written = job.save(more)
     assert [one.tensors for one in written] == [None] * 3
     assert same(job.read(path, manifest).shared["model"], more[1].shared["model"])
+
+
+def test_whole_tensors_of_one_shape_that_several_ranks_wrote_are_found_also_where_one_wrote_something_else(tmp_path):
+    state = model_of(*[3000] * 20)
+    job = Job(tmp_path, 3)
+    job.plan(replicated(state, 3))
+    path, manifest, _ = job.save(replicated(state, 3))
+    (alike,) = [group for group in manifest.tensors if len(set(group.files)) > 1]
+    assert alike.shape == (3000, 64) and len(set(alike.files)) == 3
+    assert same(job.read(path, Manifest.from_json(manifest.to_json(), "it")).shared["model"], state)
+    more = replicated(state, 3)
+    more[2] = replace(more[2], shared={"model": {**state, "expert": torch.arange(7)}})
+    path, manifest, _ = job.save(more)
+    assert same(job.read(path, manifest).shared["model"], more[2].shared["model"])
 
 
 def test_a_type_that_changed_everywhere_is_written_as_it_is_now(tmp_path):

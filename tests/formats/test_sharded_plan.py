@@ -105,11 +105,11 @@ def listed(plan: Plan) -> Iterator[Chunk]:
     """What the manifest says."""
     for group in plan.groups:
         dims = len(group.shape)
-        for key in group.keys:
+        for key, files in zip(group.keys, group.files_of_each, strict=True):
             if group.chunks is None:
-                yield key, group.file, (0,) * dims, group.shape
+                yield key, *files, (0,) * dims, group.shape
                 continue
-            for nth, file in enumerate(group.chunks.files):
+            for nth, file in enumerate(files):
                 offsets, sizes = (
                     numbers[nth * dims : (nth + 1) * dims] for numbers in (group.chunks.offsets, group.chunks.sizes)
                 )
@@ -263,6 +263,15 @@ def test_tensors_that_lie_alike_stand_together_in_the_manifest():
         job.spread(f"t{nth}", (10, 3), [Shard(0)])
         job.spread(f"moment{nth}", (10, 3), [Shard(0)], dtype="BF16")
     assert sorted(len(group.keys) for group in planned(job).groups) == [50, 50]
+
+
+def test_tensors_that_are_whole_stand_together_in_the_manifest_whoever_writes_them():
+    job = Job(4)
+    for nth in range(41):
+        job.replicated(f"t{nth}", (1000, 300))
+    whole, *cut = planned(job).groups
+    assert len(whole.files) == len(whole.keys) == 38 and len(cut) == 3, "a whole one goes to one rank"
+    assert {file for (file,) in whole.files_of_each} == {layout.shard_file(rank) for rank in range(4)}
 
 
 shapes = st.lists(st.sampled_from([1, 2, 3, 5, 8, 33, 1000, 4099, 0]), max_size=3).map(tuple)
