@@ -7,7 +7,6 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -78,12 +77,14 @@ class Holding:
             if (known := rows.get(kind.shape)) is None:
                 known = rows[kind.shape] = {}
             which.append(known.setdefault(box, len(known)))
-        table = [_row(box, len(shape)) for shape, boxes in rows.items() for box in boxes]
+        tables: dict[int, list[Sequence[int]]] = {}
+        for shape in sorted(rows, key=len):
+            tables.setdefault(len(shape), []).extend(_row(box, len(shape)) for box in rows[shape])
         return {
             "schema": digest(self._schema),
             "text": _packed(self._schema) if is_schema_told else "",
             "which": pack_numbers(np.array(which, dtype=np.int64)) if any(which) else "",
-            "rows": pack_numbers(np.array(list(chain.from_iterable(table)), dtype=np.int64)),
+            "rows": [[dims, _packed_by_column(table)] for dims, table in tables.items()],
         }
 
     @cached_property
@@ -116,21 +117,22 @@ class Told:
     def parse(cls, told: Mapping[str, Any]) -> Told:
         """What was told."""
         kinds = _kinds(_unpacked(told["text"])) if told["text"] else None
-        return cls(told["schema"], kinds, told["which"], unpack_numbers(told["rows"]))
+        rows = [_unpacked_by_column(packed, 1 + 2 * dims) for dims, packed in told["rows"]]
+        return cls(told["schema"], kinds, told["which"], np.concatenate(rows) if rows else np.empty(0, np.int64))
 
 
 class Rows:
     """Where ranks that know the same tensors tell of them.
 
     Attributes:
-        shapes: of the tensors, each once.
+        shapes: of the tensors, each once, those of few dimensions first, as they are told.
         shape_of: of each tensor, which it is.
     """
 
     def __init__(self, kinds: Sequence[Kind]) -> None:
-        shapes: dict[Shape, int] = {}
-        self.shape_of = np.array([shapes.setdefault(kind.shape, len(shapes)) for kind in kinds], dtype=np.int64)
-        self.shapes = list(shapes)
+        self.shapes = sorted(dict.fromkeys(kind.shape for kind in kinds), key=len)
+        numbers = {shape: number for number, shape in enumerate(self.shapes)}
+        self.shape_of = np.array([numbers[kind.shape] for kind in kinds], dtype=np.int64)
         self._widths = np.array([1 + 2 * len(shape) for shape in self.shapes], dtype=np.int64)
 
     def begins(self, which: str) -> Ints:
@@ -166,6 +168,16 @@ def _kinds(schema: bytes) -> list[Kind]:
 
 def _row(box: Box | None, dims: int) -> Sequence[int]:
     return (0,) * (1 + 2 * dims) if box is None else (1, *box.offsets, *box.sizes)
+
+
+def _packed_by_column(table: Sequence[Sequence[int]]) -> str:
+    """Rows of numbers as text. What is in one column is alike, so that it takes a third of the room together."""
+    return pack_numbers(np.array(table, dtype=np.int64).T)
+
+
+def _unpacked_by_column(text: str, columns: int) -> np.ndarray:
+    """The numbers of the rows, one row after another."""
+    return unpack_numbers(text).reshape(columns, -1).T.ravel()
 
 
 def _packed(data: bytes) -> str:
