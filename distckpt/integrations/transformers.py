@@ -313,7 +313,8 @@ class CheckpointCallback(TrainerCallback):  # type: ignore[misc]  # transformers
         if target.exists() or not hasattr(config, "save_pretrained"):
             return
         config.architectures = [type(model).__name__.removeprefix("FSDP")]
-        draft = tempfile.mkdtemp(prefix=f".{layout.PRETRAINED}-", dir=self._out_dir)
+        # As trash, which the next save or start sweeps if this one is killed.
+        draft = tempfile.mkdtemp(prefix=f"{layout.TRASH_PREFIX}{layout.PRETRAINED}-", dir=self._out_dir)
         try:
             for one in (config, getattr(model, "generation_config", None), trainer.processing_class):
                 if one is not None:

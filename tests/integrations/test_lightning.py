@@ -6,6 +6,7 @@ import importlib
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,14 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import distckpt.integrations.lightning
+from distckpt.engine.snapshot import Staging
 from distckpt.integrations.lightning import CheckpointCallback
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.filterwarnings("ignore")]
@@ -565,6 +568,52 @@ def test_an_average_of_weights_goes_on(tmp_path):
     fit(tmp_path / "run", EMAWeightAveraging(decay=0.9), **{**words, "max_steps": 17})
     second = fit(tmp_path / "run", EMAWeightAveraging(decay=0.9), **words)
     assert len(losses(second)) == 13 and same(whole, second)
+
+
+class Wide(Program):
+    """Has weights that are copied while training goes on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(5, 200), nn.Linear(200, 200), nn.Linear(200, 1))
+
+
+class OtherWeights(Callback):
+    """Validates with other weights, and lets them be copied by whoever still copies."""
+
+    def __init__(self, go: threading.Event) -> None:
+        self.go = go
+        self.kept: dict[str, Tensor] = {}
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.kept = {name: one.clone() for name, one in pl_module.state_dict().items()}
+        for one in pl_module.parameters():
+            one.data.zero_()
+        self.go.set()
+        for one in threading.enumerate():
+            if one.name == "distckpt-copy":
+                one.join(30)
+        self.go.clear()
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        pl_module.load_state_dict(self.kept)
+
+
+def test_weights_that_a_callback_validates_with_are_not_saved(tmp_path, monkeypatch, caplog):
+    go, copy_late = threading.Event(), Staging._copy_late
+
+    def hold(staging: Staging) -> None:
+        assert go.wait(30), "nobody validates"
+        copy_late(staging)
+
+    monkeypatch.setattr(Staging, "_copy_late", hold)
+    saving = {"interval": 1, "snapshot": "lazy", "save_last": False}
+    words = {"accumulate_grad_batches": 2, "val_check_interval": 1, "limit_val_batches": 1}  # in between, too
+    trainer = fit(tmp_path, OtherWeights(go), module=Wide, saving=saving, max_steps=4, num_sanity_val_steps=0, **words)
+    assert steps(tmp_path) == [1, 2, 3, 4] and "while it was being copied" not in caplog.text
+    for folder in sorted(tmp_path.glob("step-*[0-9]")):
+        saved = load_file(folder / "model.safetensors")
+        assert all(saved[name].all() for name in trainer.lightning_module.state_dict())
 
 
 # What is refused
