@@ -13,7 +13,9 @@ from distckpt import hook_words, layout, message_hub
 from distckpt.best import AUTO, DEFAULT_GREATER_KEYS, DEFAULT_LESS_KEYS, AutoMetric, BestBy, parse_keys, parse_metrics
 from distckpt.contest import Contest, Verdict
 from distckpt.errors import DistckptError
+from distckpt.fetching import fetch
 from distckpt.linked_keeping import LAST, is_periodic
+from distckpt.places import Place, is_url, open_place
 from distckpt.pointer import Pointer
 from distckpt.progress import Progress
 from distckpt.ranks import from_leader
@@ -46,10 +48,12 @@ class CheckpointHook:
         by_epoch: whether epochs are counted, or iterations.
         save_optimizer, save_param_scheduler: whether their state is saved.
         out_dir: the directory in which one that is called as ``work_dir`` is gets the files; None means ``work_dir``.
+            With a backend, or where it is a URL, they are written to ``work_dir`` and copied there.
         max_keep_ckpts: how many periodic files are kept; -1 means all.
         save_last: whether the last state is saved in any case.
         save_best, rule, greater_keys, less_keys: by which metrics files are the best; ``"auto"`` means the first.
-        file_client_args, backend_args: as MMEngine has them, for local file systems.
+        file_client_args, backend_args: as MMEngine has them; ``{"backend": "fsspec", ...}`` is for all file systems of
+            fsspec, with their storage options.
         filename_tmpl: how files are called, with one ``{}`` for the epoch or iteration.
         published_keys: after training the last and the best are published, with these keys only.
         save_begin: the epoch or iteration at which saving begins.
@@ -155,18 +159,24 @@ class CheckpointHook:
 
     def before_run(self, runner: Any) -> None:
         """``last_checkpoint``, from which the runner may resume, says a file that is whole, if there is one. Where it
-        was moved, damaged or lost, it says the newest other one, with a warning.
+        was moved, damaged or lost, it says the newest other one, with a warning; where there is none in the directory,
+        what it says at the place of the copies is fetched.
 
         Raises:
             TypeError: where the runner's strategy keeps its state to itself (DeepSpeed, ColossalAI).
+            NoCheckpoint, DamagedCheckpoint, RankFailure: on all ranks, where what should be there is not, is not whole,
+                or cannot be fetched.
         """
         check_strategy(runner)
         if self._extras.is_sharded or not getattr(runner, "_resume", False):
             return
-        out_dir = hook_words.nested(self._asked_dir, str(runner.work_dir))
+        work_dir = str(runner.work_dir)
+        place = self._place(work_dir)
 
         def mend() -> None:
-            Pointer(LocalStore(runner.work_dir)).mend(LocalStore(out_dir), out_dir)
+            is_there = Pointer(LocalStore(work_dir)).mend(LocalStore(place.directory), place.directory)
+            if not is_there and place.mirror is not None and getattr(runner, "_load_from", None) is None:
+                fetch(place.directory, place.mirror, self.filename_tmpl)
 
         from_leader(detect(self._extras.timeout), "look at last_checkpoint", mend)
 
@@ -178,23 +188,23 @@ class CheckpointHook:
         """The directory is this run's, and what it holds is known: the best so far, and what is to be kept.
 
         Raises:
-            ValueError: where it is not on a file system.
+            ValueError, ImportError: where there is no such backend, it cannot be written to, or its package is missing.
             DirectoryInUse, RankFailure: on all ranks, as with `Checkpointer`.
         """
         work_dir = str(runner.work_dir)
-        out_dir = hook_words.nested(self._asked_dir, work_dir)
-        hook_words.check_backends(out_dir, self.file_client_args, self.backend_args)
-        self.out_dir = out_dir
-        self.file_client, self.file_backend = hook_words.mmengine_backends(
-            out_dir, self.file_client_args, self.backend_args
-        )
-        runner.logger.info(f"Checkpoints will be saved to {out_dir}.")
+        if self._extras.is_sharded and is_url(self._asked_dir or ""):
+            raise ValueError(
+                f'format="sharded": out_dir should be a directory of a file system, is {self._asked_dir!r}'
+            )
+        place = self._place(work_dir)
+        self.out_dir, self.file_client, self.file_backend = place.out_dir, place.client, place.backend
+        runner.logger.info(f"Checkpoints will be saved to {self.out_dir}.")
         if self.by_epoch and type(getattr(runner, "train_loop", None)).__name__ == "IterBasedTrainLoop":
             runner.logger.warning("by_epoch=True in a loop of iterations saves once, at its end; use by_epoch=False")
         if self._extras.is_sharded:
-            self._sharded = ShardedRunner(runner, out_dir, **self._sharded_words())
+            self._sharded = ShardedRunner(runner, place.directory, **self._sharded_words())
             return
-        opened = self._open(runner, work_dir, out_dir)
+        opened = self._open(runner, work_dir, place)
         self._resumed_count = self._count(Progress(runner.iter, runner.epoch))
         ids = message_hub.recall(runner, message_hub.KEEP_CKPT_IDS)
         self.keep_ckpt_ids = deque(ids if isinstance(ids, list) else [], maxlen=max(0, self.max_keep_ckpts))
@@ -202,6 +212,7 @@ class CheckpointHook:
             self._set_best_path(metric, self._best_told(runner, metric)[1])
         is_only = self._has_one_best
         self._tell_best(runner, opened.standing(lambda one: message_hub.recall_best(runner, one, is_only=is_only)))
+        opened.catch_up()
 
     def after_train_epoch(self, runner: Any) -> None:
         """The state is saved, with buffers equal on all ranks, if the epoch that ends is one at which to save.
@@ -257,7 +268,7 @@ class CheckpointHook:
 
         Raises:
             SaveFailed: on all ranks, where a save failed.
-            RankFailure: on all ranks, where something could not be published.
+            RankFailure: on all ranks, where something could not be published, or copied.
         """
         if self._sharded is not None:
             self._sharded.after_train()
@@ -269,6 +280,7 @@ class CheckpointHook:
             if self.save_last:
                 self._save_end(runner, opened)
             opened.run.settle()
+            opened.catch_up()
             triggers.end()
             if self.published_keys is not None:
                 opened.publish(self._to_publish(opened), self.published_keys)
@@ -346,17 +358,21 @@ class CheckpointHook:
         )
         triggers.restart()
 
-    def _open(self, runner: Any, work_dir: str, out_dir: str) -> RunnerRun:
+    def _place(self, work_dir: str) -> Place:
+        words = {"file_client_args": self.file_client_args, "backend_args": self.backend_args}
+        return open_place(work_dir, self._asked_dir, words, self._extras.timeout)
+
+    def _open(self, runner: Any, work_dir: str, place: Place) -> RunnerRun:
         if self._opened is not None:
             known, opened, _ = self._opened
-            if known is runner and opened.out_dir == out_dir:
+            if known is runner and opened.place.out_dir == place.out_dir:
                 return opened
             opened.close()
         if getattr(runner, "message_hub", None) is not None:
             continues = message_hub.recall(runner, message_hub.RUN) or ""
         else:
             continues = None if runner.iter or runner.epoch else ""
-        opened = RunnerRun(work_dir, out_dir, self._contest, self._extras, by_epoch=self.by_epoch, continues=continues)
+        opened = RunnerRun(work_dir, place, self._contest, self._extras, by_epoch=self.by_epoch, continues=continues)
         self._opened = (runner, opened, Triggers(self._schedule, opened.run, by_epoch=self.by_epoch))
         opened.reserve(runner)
         return opened

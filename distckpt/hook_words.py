@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import string
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -28,8 +27,6 @@ OURS: Mapping[str, Any] = {
     "keep_for": None,
     "keep_bytes": None,
 }
-
-_LOCAL_BACKENDS = (None, "local", "disk")
 
 
 @dataclass(frozen=True)
@@ -87,7 +84,7 @@ def parse_template(filename_tmpl: object, *, by_epoch: bool) -> str:
         raise ValueError(f"filename_tmpl must contain one and only one '{{}}', but got {filename_tmpl!r}") from error
     if fields != [""] or names[0] == names[1]:
         raise ValueError(f"filename_tmpl must contain one and only one '{{}}', but got {filename_tmpl!r}")
-    taken = {layout.RUN, layout.EVENTS, layout.LATEST, layout.LAST_CHECKPOINT, layout.SAVE, layout.STOP}
+    taken = {layout.RUN, layout.EVENTS, layout.COPIES, layout.LATEST, layout.LAST_CHECKPOINT, layout.SAVE, layout.STOP}
     for name in names:
         if not layout.is_safe(name) or name in taken or layout.StepName.parse(name) or layout.recorded_by(name):
             raise ValueError(
@@ -134,31 +131,3 @@ def nested(out_dir: str | None, work_dir: str) -> str:
     if out_dir is None or Path(out_dir).absolute() == Path(work_dir).absolute():
         return work_dir
     return os.path.join(out_dir, os.path.basename(work_dir.rstrip(os.sep)))  # noqa: PTH118, PTH119  as MMEngine spells it
-
-
-def check_backends(out_dir: str, file_client_args: object, backend_args: object) -> None:
-    """Checkpoints go to a local file system.
-
-    Raises:
-        ValueError: for any other place.
-    """
-    for word, args in (("file_client_args", file_client_args), ("backend_args", backend_args)):
-        asked = args.get("backend") if isinstance(args, Mapping) else None
-        if asked not in _LOCAL_BACKENDS:
-            raise ValueError(
-                f"{word}: the backend {asked!r} is not supported by this hook, which writes to file systems only"
-            )
-    if "://" in out_dir:
-        raise ValueError(f"out_dir: {out_dir!r} is a URL; this hook writes to file systems only")
-
-
-def mmengine_backends(out_dir: str, file_client_args: Any, backend_args: Any) -> tuple[Any, Any]:
-    """The file client and the file backend of MMEngine for ``out_dir``, for those who ask the hook for them; Nones
-    where MMEngine is not in use."""
-    fileio = sys.modules.get("mmengine.fileio")
-    if fileio is None:
-        return None, None
-    client = fileio.FileClient.infer_client(file_client_args, out_dir)
-    if file_client_args is not None:
-        return client, client
-    return client, fileio.get_file_backend(out_dir, backend_args=backend_args)

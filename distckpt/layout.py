@@ -14,6 +14,7 @@ RUN = "run.json"
 EVENTS = "events.jsonl"
 LOCK = ".lock"
 LATEST = "latest"
+COPIES = "copies.json"
 LAST_CHECKPOINT = "last_checkpoint"  # of MMEngine: one line, the path of the file to resume from
 
 # What makes a model of weights, for those who export them: config and tokenizer, as Hugging Face has them.

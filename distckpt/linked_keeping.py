@@ -31,15 +31,23 @@ class LinkedKeeping:
         best_by: these.
         by_epoch: whether ``keep_every`` counts epochs.
         pointed: the name of the file that a restart would read, which stays whatever the rules say.
+        follow: does elsewhere what was done here: it is given the records that are left.
     """
 
     def __init__(
-        self, words: Mapping[str, Any], best_by: BestBy, *, by_epoch: bool, pointed: Callable[[], str | None]
+        self,
+        words: Mapping[str, Any],
+        best_by: BestBy,
+        *,
+        by_epoch: bool,
+        pointed: Callable[[], str | None],
+        follow: Callable[[Sequence[Record]], None] = lambda records: None,
     ) -> None:
         self._words = dict(words)
         self._best_by = best_by
         self._by_epoch = by_epoch
         self._pointed = pointed
+        self._follow = follow
         budget = words.get("keep_bytes")
         self._budget_bytes = None if budget is None else parse_bytes(budget, "keep_bytes")
 
@@ -57,7 +65,7 @@ class LinkedKeeping:
         ]
 
     def label(self, catalog: Catalog, records: Sequence[Record]) -> None:
-        return None  # the names are the labels
+        self._follow(records)  # the names are the labels
 
     def _beaten(self, linked: Sequence[Record]) -> list[Record]:
         """The links that are no longer among the best. Those by a metric that nobody asks for (any more, or yet) are

@@ -41,26 +41,28 @@ class Pointer:
         path = self.path()
         return None if path is None else PurePath(path).name
 
-    def mend(self, store: Store, out_dir: str) -> None:
-        """It says a file in ``out_dir`` that verifies, if one does: the one that it said, else the newest.
+    def mend(self, store: Store, out_dir: str) -> bool:
+        """It says a file in ``out_dir`` that verifies, if one does: the one that it said, else the newest. Whether
+        there is a file to resume from.
 
         A file that we did not write is left to its reader. Costs one read of the file.
         """
         said = self.path()
         records = [record for record in reversed(scan(store).records) if not is_link(record)]
         if not records:
-            return
+            return said is not None and Path(said).exists()
         named = [record for record in records if said is not None and record.name == PurePath(said).name]
         if said is not None and not named and Path(said).exists():
-            return
+            return True
         for record in named + [one for one in records if one not in named]:
             path = os.path.join(out_dir, record.name)  # noqa: PTH118  as MMEngine spells it
             if _is_whole(store, record):
                 if said is None or Path(said).absolute() != Path(path).absolute():
                     _log.warning("%s said %s, and now says %s", layout.LAST_CHECKPOINT, said or "nothing", path)
                     self.set(path)
-                return
+                return True
             _log.warning("%s is damaged and passed over; it is left for inspection", path)
+        return False
 
 
 def _is_whole(store: Store, record: Record) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from distckpt import layout
-from distckpt.best import Metric, ranking
+from distckpt.best import Metric, ahead_of, ranking
 from distckpt.buffers import sync_buffers
 from distckpt.catalog import Catalog
 from distckpt.contest import Contest, Verdict, is_link, links
@@ -20,8 +20,9 @@ from distckpt.formats import Snapshot, Staged
 from distckpt.formats.known import get_format
 from distckpt.formats.pth import Pth
 from distckpt.hook_words import Extras
-from distckpt.linked_keeping import LAST, LinkedKeeping
+from distckpt.linked_keeping import LAST, LinkedKeeping, is_periodic
 from distckpt.manifest import Record
+from distckpt.places import Place
 from distckpt.pointer import Pointer
 from distckpt.progress import Progress
 from distckpt.publishing import publish
@@ -47,9 +48,9 @@ class RunnerRun:
     """
 
     def __init__(
-        self, work_dir: str, out_dir: str, contest: Contest, extras: Extras, *, by_epoch: bool, continues: str | None
+        self, work_dir: str, place: Place, contest: Contest, extras: Extras, *, by_epoch: bool, continues: str | None
     ) -> None:
-        self.out_dir = out_dir
+        self.place = place
         self.contest = contest
         self._extras = extras
         self._stager = Stager()
@@ -59,14 +60,20 @@ class RunnerRun:
         self._pointer = Pointer(LocalStore(work_dir))
         ranks = detect(extras.timeout)
         try:
-            for place in dict.fromkeys((out_dir, work_dir)):
-                from_leader(ranks, f"creation of {place}", LocalStore(place).make_root)
+            for folder in dict.fromkeys((place.directory, work_dir)):
+                from_leader(ranks, f"creation of {folder}", LocalStore(folder).make_root)
             self.run = Run(
-                LocalStore(out_dir),
+                LocalStore(place.directory),
                 ranks=ranks,
                 format=self._format,
                 get_format=get_format,
-                keeping=LinkedKeeping(extras.keeping, contest.best_by, by_epoch=by_epoch, pointed=self._pointer.name),
+                keeping=LinkedKeeping(
+                    extras.keeping,
+                    contest.best_by,
+                    by_epoch=by_epoch,
+                    pointed=self._pointer.name,
+                    follow=self._let_go,
+                ),
                 timeout=extras.timeout,
                 continues=continues,
             )
@@ -97,8 +104,8 @@ class RunnerRun:
             self._stager.close()
 
     def path(self, name: str) -> str:
-        """The path of the file ``name``, as MMEngine spells it. Not collective."""
-        return os.path.join(self.out_dir, name)  # noqa: PTH118  as MMEngine spells it
+        """The path of the file ``name``, as people are told it. Not collective."""
+        return self.place.path(name)
 
     def save(
         self,
@@ -120,7 +127,7 @@ class RunnerRun:
 
         Raises:
             SaveFailed: on all ranks, as in `Run.save`.
-            RankFailure: on all ranks, where it was written, but what points to it was not.
+            RankFailure: on all ranks, where it was written, but what points to it was not, or its copies were not.
         """
         began = time.monotonic()
         self.run.collect()
@@ -152,6 +159,21 @@ class RunnerRun:
             self._point(record, {}, moves=True)
 
         self._after(record, work)
+
+    def catch_up(self) -> None:
+        """What of this run should be at the other place is there, and what should not is not.
+
+        Raises:
+            RankFailure: on all ranks, where that could not be done.
+        """
+        if self.place.mirror is None:
+            return
+
+        def work() -> None:
+            self._copy()
+            self._let_go(self.run.own_records())
+
+        from_leader(self.run.ranks, f"copying to {self.place.out_dir}", work)
 
     def judge(self, reported: Mapping[str, object]) -> Verdict | None:
         """What rank 0's ``reported`` changes; None where that is empty.
@@ -185,8 +207,10 @@ class RunnerRun:
             names = [os.path.basename(path) for path in paths if path is not None]  # noqa: PTH119
             for name in dict.fromkeys(names):
                 if self.run.store.exists(name):
-                    told = publish(self._catalog, self.path(name), name, keys)
+                    told = publish(self._catalog, self._here(name), name, keys)
                     _log.info("%s is published as %s", name, self.path(told))
+                    if self.place.mirror is not None:
+                        self.place.mirror.send(told)
 
         from_leader(self.run.ranks, "publishing", work)
 
@@ -223,8 +247,10 @@ class RunnerRun:
             _log.warning(
                 "%s holds %d checkpoints of another training, %s to %s: they are not judged and not deleted, but a "
                 "new one replaces the old one of its name",
-                *(self.out_dir, len(others), others[0], others[-1]),
+                *(self.place.directory, len(others), others[0], others[-1]),
             )
+        if self.place.mirror is not None:
+            self.place.mirror.start(run)
         return run
 
     def _sweep_links(self) -> None:
@@ -234,7 +260,8 @@ class RunnerRun:
         for record in self.run.own_records():
             for entry in entries:
                 is_loose = entry.startswith("best_") and layout.record_of(entry) not in entries
-                if is_loose and entry.endswith(record.name) and _is_one_file(self.path(entry), self.path(record.name)):
+                is_its = entry.endswith(record.name) and _is_one_file(self._here(entry), self._here(record.name))
+                if is_loose and is_its:
                     store.delete(entry)
 
     def _take(self, runner: Any, progress: Progress, parts: Mapping[str, bool]) -> Staged:
@@ -260,7 +287,45 @@ class RunnerRun:
                 self._catalog.alias(record, name, reasons=(BEST,), metrics={metric: value})
         finally:
             if moves:
-                self._pointer.set(self.path(record.name))
+                self._pointer.set(self._here(record.name))
+        self._copy()
+
+    def _here(self, name: str) -> str:
+        return os.path.join(self.place.directory, name)  # noqa: PTH118  as MMEngine spells it
+
+    def _copy(self) -> None:
+        """What there should be at the other place is there: the best, and what a restart may read."""
+        if (mirror := self.place.mirror) is None:
+            return
+        pointed = self._pointer.name()
+        records = [
+            record
+            for record in self.run.own_records()
+            if is_link(record) or record.reasons != (BEST,) or record.name == pointed or mirror.is_up(record.name)
+        ]
+        mirror.copy(records, pointed)
+
+    def _let_go(self, left: Sequence[Record]) -> None:
+        if (mirror := self.place.mirror) is not None:
+            inherited = mirror.inherited()
+            kept = self._inherited_still_kept(inherited, left) if inherited else []
+            mirror.let_go({*(record.name for record in left), *kept})
+
+    def _inherited_still_kept(self, names: Sequence[str], left: Sequence[Record]) -> list[str]:
+        """Those copies of a directory that is lost that would be kept if they were here."""
+        best = {name for name in names if name.startswith("best_")}
+        linked = links(left)
+        for metric in self.contest.best_by.metrics:
+            score = self.contest.elsewhere(metric)
+            scores = [record.metrics[metric.name] for record in ranking(metric, linked)]
+            if score is not None and ahead_of(metric, score, scores) >= self.contest.best_by.keep:
+                best = {name for name in best if not name.startswith(layout.best_prefix(metric.name))}
+        periodic = [name for name in names if not name.startswith("best_")]
+        limit = int(self._extras.keeping["max_keep_ckpts"])
+        if limit > 0:
+            room = limit - sum(not is_link(record) and is_periodic(record.reasons) for record in left)
+            periodic = periodic[-room:] if room > 0 else []
+        return [*best, *periodic]
 
     def _judge(self, reported: Mapping[str, object]) -> Json:
         if not reported:
@@ -306,6 +371,9 @@ class RunnerRun:
         name = os.path.basename(path)  # noqa: PTH119
         if self.run.store.exists(name):
             return score, self.path(name)
+        mirror = self.place.mirror
+        if mirror is not None and path == self.path(name):
+            return best if mirror.files.isfile(path) else None
         return best if "://" in path or os.path.exists(path) else None  # noqa: PTH110
 
 

@@ -14,7 +14,7 @@ POLICIES = {"schedule", "best", "retention", "contest", "selection", "words"}
 CONTRACTS = {"ranks", "stores", "formats"}
 FLOWS = {
     *("attempt", "agreeing", "catalog", "saving", "restoring", "writer", "run"),
-    *("judging", "keeping", "linked_keeping", "planning", "pointer", "telling", "triggers"),
+    *("judging", "keeping", "linked_keeping", "mirror", "planning", "pointer", "telling", "triggers"),
 }
 HANDS_WITHOUT_TORCH = {
     "ranks.board",
@@ -51,6 +51,7 @@ HANDS = {
     *("formats.placements", "formats.pth_folder", "formats.spread"),
     *(
         "ranks.process_group",
+        "backends",
         "buffers",
         "destinations",
         "environment",
@@ -73,7 +74,10 @@ HANDS = {
     *(f"engine.{name}" for name in ENGINE),
 }
 CANDIDATES = {"candidates"}
-INTRODUCED = {"capturing", "choosing", "dcp_reader", "exporting", "initialising", "publishing", "hook_words"}
+INTRODUCED = {
+    *("capturing", "choosing", "dcp_reader", "exporting", "fetching", "initialising", "publishing", "hook_words"),
+}
+PLACES = {"places"}
 RESUMING = {"policy", "resuming", "saver", "step_body"}
 RUNS = {"checkpointer", "runner_run"}
 RANKS_RUN = {"sharded_runner"}
@@ -86,7 +90,7 @@ DOORS = {
 
 FLOORS = [
     *([GROUND], [WORDS], [RECORDS], [POLICIES], [CONTRACTS], [FLOWS, HANDS]),
-    *([CANDIDATES], [INTRODUCED], [RESUMING], [RUNS], [RANKS_RUN], [HOOK], [DOORS]),
+    *([CANDIDATES], [INTRODUCED], [PLACES], [RESUMING], [RUNS], [RANKS_RUN], [HOOK], [DOORS]),
 ]
 NAMED = [name for floor in FLOORS for room in floor for name in room]
 

@@ -197,10 +197,16 @@ def test_one_metric_has_a_best_path_and_several_have_a_dict():
     assert several.best_ckpt_path_dict == {} and not hasattr(several, "best_ckpt_path")
 
 
-@pytest.mark.parametrize("words", [{"backend_args": {"backend": "petrel"}}, {"out_dir": "s3://bucket/x"}])
-def test_a_place_that_is_no_file_system_is_refused_before_training(tmp_path, words):
-    with pytest.raises(ValueError, match="file systems only"):
-        CheckpointHook(**words).before_train(Loop(tmp_path, CheckpointHook()))
+def test_a_backend_that_nobody_knows_is_refused_before_training(tmp_path):
+    hook = CheckpointHook(backend_args={"backend": "petrol"})
+    with pytest.raises(ValueError, match="there is no backend 'petrol'; there are .*fsspec"):
+        hook.before_train(Loop(tmp_path, hook))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_copies_go_to_any_url_without_mmengine_too(tmp_path):
+    train(tmp_path / "here", interval=1, max_keep_ckpts=1, out_dir=f"local://{tmp_path}/there")
+    assert sorted(path.name for path in (tmp_path / "there/here").iterdir()) == ["epoch_3.pth", "last_checkpoint"]
 
 
 # Where and when
