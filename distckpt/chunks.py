@@ -94,7 +94,7 @@ class Grid:
         if len(starts) != len(shape) or math.prod(map(len, starts)) != len(files) or not files:
             raise ValueError(f"{whose} have {len(files)} chunks, which are not the cells of {ascii(starts)[:80]}")
         for of, extent in zip(starts, shape, strict=True):
-            if of[0] or of[-1] >= extent or not all(one < other for one, other in pairwise(of)):
+            if of[0] or of[-1] >= extent or not progressions.is_rising(of):
                 raise ValueError(f"{whose}: no parts of {extent} begin at {ascii(of)[:80]}")
         return cls(files, shape, starts)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
+from itertools import chain, islice
 
 # Fewer of them take no more room one by one.
 _LEAST = 4
@@ -24,6 +24,13 @@ def condensed(numbers: Sequence[int]) -> Sequence[int]:
         if all(map(int.__eq__, even, numbers)):
             return even
     return tuple(numbers)
+
+
+def is_rising(numbers: Sequence[int]) -> bool:
+    """Whether each is more than the one before."""
+    if isinstance(numbers, range):
+        return numbers.step > 0 or len(numbers) < 2
+    return all(map(int.__lt__, numbers, islice(numbers, 1, None)))
 
 
 def told(numbers: Sequence[int]) -> list[int | list[int]]:
@@ -51,6 +58,8 @@ def read(words: object, most: int, what: str) -> Sequence[int]:
     """
     if type(words) is not list or len(words) > most:
         raise ValueError(f"{what} should be up to {most} numbers, is {ascii(words)[:80]}")
+    if words and set(map(type, words)) == {int} and min(words) >= 0:
+        return condensed(words)  # as below, in a tenth of the time
     runs = [_run(word, what) for word in words]
     if sum(map(len, runs)) > most:
         raise ValueError(f"{what} should be up to {most} numbers, is {ascii(words)[:80]}")

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from distckpt.progressions import condensed, read, told
+from distckpt.progressions import condensed, is_rising, read, told
 
 runs = st.builds(
     lambda first, step, count: [*range(first, first + step * count, step)],
@@ -31,6 +31,12 @@ def test_the_same_numbers_are_equal_however_they_come(many):
     once = condensed(many)
     assert [*once] == many and isinstance(once, (range, tuple))
     assert condensed(once) == condensed(tuple(many)) == read(told(once), len(many), "they") == once
+
+
+@given(numbers)
+def test_it_is_known_whether_they_rise(many):
+    rises = sorted(set(many)) == many
+    assert is_rising(many) == is_rising(condensed(many)) == rises
 
 
 def test_a_million_that_are_equally_far_apart_are_three():
