@@ -149,13 +149,17 @@ def pack_numbers(numbers: np.ndarray) -> str:
     """Numbers as text: whole ones that are not below zero, in as few bytes as the largest of them needs, or others."""
     if numbers.dtype.kind != "f":
         numbers = numbers.astype(np.min_scalar_type(int(numbers.max(initial=0))))
-    return f"{numbers.dtype.str[1:]}:{_packed(numbers.tobytes())}"
+    # The first bytes of all, then the second ones: numbers that are near each other differ in few of these.
+    together = np.ascontiguousarray(numbers).view(np.uint8).reshape(-1, numbers.itemsize).T
+    return f"{numbers.dtype.str[1:]}:{_packed(together.tobytes())}"
 
 
 def unpack_numbers(text: str) -> np.ndarray:
-    """The inverse of `pack_numbers`."""
-    dtype, _, packed = text.partition(":")
-    return np.frombuffer(_unpacked(packed), dtype=dtype)
+    """The inverse of `pack_numbers`, in one dimension."""
+    name, _, packed = text.partition(":")
+    dtype = np.dtype(name)
+    together = np.frombuffer(_unpacked(packed), dtype=np.uint8).reshape(dtype.itemsize, -1)
+    return np.ascontiguousarray(together.T).view(dtype).ravel()
 
 
 def _kinds(schema: bytes) -> list[Kind]:
