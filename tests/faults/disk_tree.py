@@ -44,6 +44,15 @@ def without_identity(tree: Tree) -> dict[str, object]:
     return {path: entry.content if isinstance(entry, File) else entry for path, entry in tree.items()}
 
 
+def names_of_one_file(tree: Tree) -> frozenset[frozenset[str]]:
+    """The hard links in it."""
+    names: dict[int, set[str]] = {}
+    for path, entry in tree.items():
+        if isinstance(entry, File):
+            names.setdefault(entry.identity, set()).add(path)
+    return frozenset(frozenset(paths) for paths in names.values() if len(paths) > 1)
+
+
 def grow(
     folders: Mapping[int, Mapping[str, int]], contents: Mapping[int, bytes | bytearray], links: Mapping[int, str]
 ) -> Tree:

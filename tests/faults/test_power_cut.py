@@ -8,10 +8,10 @@ from pathlib import Path
 import power
 import pytest
 import shim
-from cases import Case, judge
-from disk_tree import build, without_identity
+from cases import built, cuts_by_model, judge
+from disk_tree import without_identity
 from forks import Forks
-from power import Disk, Model, PowerCut
+from power import Disk
 from shim import Action, Call, Fault
 from workload import RUN, train
 
@@ -28,28 +28,15 @@ def traced(trainings: Forks, root: Path, *, before: int, fault: Fault | None = N
     return disk, shim.read_trace(trace)
 
 
-def built(scratch: Path, name: str, cuts: list[PowerCut], before: int) -> list[Case]:
-    """Each state in a folder of its own."""
-    cases = []
-    for number, cut in enumerate(cuts):
-        (root := scratch / f"{name}-{number}").mkdir()
-        build(cut.tree, root)
-        words = cut.told.split()
-        acknowledged = int(words[1]) if words and words[0] == "acknowledged" else before
-        cases.append(Case(root.name, f"{name}, {cut.after}, told {cut.told!r}", acknowledged))
-    return cases
-
-
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize("model", ["posix", "ordered"])
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize("before", [0, 3], ids=["from nothing", "with two kept"])
-def test_the_power_cut_at_every_call(trainings: Forks, scratch: Path, before: int, model: Model) -> None:
+def test_the_power_cut_at_every_call(trainings: Forks, scratch: Path, before: int) -> None:
     disk, calls = traced(trainings, scratch / "run", before=before)
-    disk.model = model
-    cases = built(scratch, "cut", power.cuts(disk, calls), before)
-    assert len(cases) > 100
+    cuts = cuts_by_model(disk, calls)
+    assert all(len(one) > 100 for one in cuts.values())
+    cases = built(scratch, "cut", cuts, before)
     assert judge(trainings, scratch, cases) == []
-    print(f"{model}: {len(cases)} states after {len(calls)} calls, nothing lost in {len(cases)}")
+    print(f"{len(cases)} states after {len(calls)} calls, nothing lost in {len(cases)}")
 
 
 def test_the_trace_of_a_run_is_complete(trainings: Forks, scratch: Path) -> None:
@@ -66,7 +53,7 @@ def test_the_power_cut_after_a_failed_fsync(trainings: Forks, scratch: Path) -> 
     for number in [call.number for call in undisturbed if call.name == "fsync"]:
         fault = Fault(number, Action.FAIL, errno.EIO)
         disk, calls = traced(trainings, scratch / f"run-{number}", before=0, fault=fault)
-        cases += built(scratch, f"fsync-{number}", power.cuts(disk, calls, since=len(calls) - 1), 0)
+        cases += built(scratch, f"fsync-{number}", {disk.model: power.cuts(disk, calls, since=len(calls) - 1)}, 0)
     assert len(cases) > 15
     assert judge(trainings, scratch, cases) == []
 
@@ -80,6 +67,6 @@ def test_the_directory_of_a_run_is_durable_whoever_made_it(trainings: Forks, scr
     outcome = trainings.run(train, scratch / "root", trace=scratch / "trace", more=1, is_async=False)
     assert outcome.code == 0, outcome.complained
     calls = shim.read_trace(scratch / "trace")
-    cases = built(scratch, "cut", power.cuts(disk, calls, since=len(calls) - 1), 0)
+    cases = built(scratch, "cut", {disk.model: power.cuts(disk, calls, since=len(calls) - 1)}, 0)
     assert all(case.acknowledged == 1 for case in cases)
     assert judge(trainings, scratch, cases) == []

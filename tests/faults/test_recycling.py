@@ -7,13 +7,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import power
 import pytest
 import shim
-from cases import Case, judge
-from disk_tree import build
+from cases import Case, built, cuts_by_model, judge
 from forks import Forks, Outcome
-from power import Disk, Model
+from power import Disk
 from shim import Action, Fault
 from workload import train
 
@@ -98,20 +96,14 @@ def test_an_error_at_any_call_of_it_fails_that_save_or_none(
     assert judge(trainings, scratch, cases) == []
 
 
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize("model", ["posix", "ordered"])
-def test_the_power_cut_at_every_call(trainings: Forks, scratch: Path, model: Model) -> None:
+@pytest.mark.timeout(400)
+def test_the_power_cut_at_every_call(trainings: Forks, scratch: Path) -> None:
     run = Recycling(trainings, scratch)
-    cases = []
-    run.disk.model = model
-    for number, cut in enumerate(power.cuts(run.disk, run.calls, since=run.since)):
-        (root := scratch / f"cut-{number}").mkdir()
-        build(cut.tree, root)
-        acknowledged = int(cut.told.split()[1]) if cut.told.startswith("acknowledged") else BEFORE
-        cases.append(Case(root.name, f"{cut.after}, told {cut.told!r}", acknowledged))
-    assert len(cases) > 100
+    cuts = cuts_by_model(run.disk, run.calls, since=run.since)
+    assert all(len(one) > 100 for one in cuts.values())
+    cases = built(scratch, "cut", cuts, BEFORE)
     assert judge(trainings, scratch, cases) == []
-    print(f"{model}: {len(cases)} states, nothing lost in {len(cases)}")
+    print(f"{len(cases)} states, nothing lost in {len(cases)}")
 
 
 def test_what_a_killed_run_would_have_written_over_is_swept_by_the_next(trainings: Forks, scratch: Path) -> None:

@@ -7,12 +7,11 @@ import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import power
 import pytest
-from cases import Case
-from disk_tree import build, without_identity
+from cases import built, cuts_by_model
+from disk_tree import without_identity
 from forks import Forks
-from power import Disk
+from power import Disk, Model, PowerCut
 from sharded_cases import BEFORE, LEADER, NEXT, OTHER, Pairs
 from shim import Action, Call, Fault
 
@@ -74,19 +73,15 @@ def test_the_power_cut_at_every_call_in_many_orders_of_them(ranks: Forks, scratc
     run = pairs.copied("run")
     disk = Disk.scan(run)
     save = Save(pairs.traced(run))
-    states = {}
+    cuts: dict[Model, list[PowerCut]] = {"posix": [], "ordered": []}
     for calls in save.orders():
-        for model in ("posix", "ordered"):
-            start = copy.deepcopy(disk)
-            start.model = model
-            for cut in power.cuts(start, calls):
-                states.setdefault((cut.told, frozenset(without_identity(cut.tree).items())), cut)
-            assert without_identity(start.tree()) == without_identity(Disk.scan(run).tree())
-    cases = []
-    for number, cut in enumerate(states.values()):
-        (root := scratch / f"cut-{number}").mkdir()
-        build(cut.tree, root)
-        cases.append(Case(root.name, f"{cut.after}, told {cut.told!r}", NEXT if "acknowledged" in cut.told else BEFORE))
+        for model, found in cuts_by_model(disk, calls).items():
+            cuts[model] += found
+        end = copy.deepcopy(disk)
+        for call in calls:
+            end.apply(call)
+        assert without_identity(end.tree()) == without_identity(Disk.scan(run).tree())
+    cases = built(scratch, "cut", cuts, BEFORE)
     assert len(cases) > 600 and {case.acknowledged for case in cases} == {BEFORE, NEXT}
     assert pairs.judge(cases, every=GOING_ON) == []
     print(f"{len(cases)} states, nothing lost in {len(cases)}")

@@ -44,14 +44,15 @@ class Training:
         self.optimizer.step()
 
     def state(self) -> dict[str, Any]:
+        """It as it is until the next step."""
         parts = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-        return copy.deepcopy(parts | {"generator": torch.get_rng_state()})
+        return parts | {"generator": torch.get_rng_state()}
 
 
 def _states() -> Iterator[dict[str, Any]]:
     training = Training()
     while True:
-        yield training.state()
+        yield copy.deepcopy(training.state())
         training.step()
 
 
