@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,8 +83,7 @@ class FsspecFiles:
 
     def put(self, obj: bytes, filepath: str | os.PathLike[str]) -> None:
         """``obj`` is in the file, whose folder is made where there is none."""
-        with self._new(filepath) as file:
-            file.write(obj)
+        self._in_folder(os.fspath(filepath), lambda place: self._fs.pipe_file(place, obj))
 
     def get(self, filepath: str | os.PathLike[str]) -> bytes:
         """The bytes of the file."""
@@ -105,13 +104,13 @@ class FsspecFiles:
         """The path below ``filepath``."""
         path = os.fspath(filepath)
         for one in filepaths:
-            path = f"{path if path.endswith('://') else path.rstrip('/')}/{os.fspath(one).lstrip('/')}"
+            head = path if path.endswith("://") else path.rstrip("/") + "/"
+            path = head + os.fspath(one).lstrip("/")
         return path
 
     def upload(self, source: Path, path: str) -> None:
-        with source.open("rb") as read, self._new(path) as file:
-            while piece := read.read(_PIECE_BYTES):
-                file.write(piece)
+        # Not by open and write, where what was written before an error would become the file.
+        self._in_folder(path, lambda place: self._fs.put_file(os.fspath(source), place))
 
     def download(self, path: str) -> Iterator[bytes]:
         with self._fs.open(self._at(path), "rb") as file:
@@ -124,10 +123,15 @@ class FsspecFiles:
 
         return isinstance(self._fs, LocalFileSystem) and _is_same(self._at(path), directory)
 
-    def _new(self, path: str | os.PathLike[str]) -> Any:
+    def _in_folder(self, path: str, write: Callable[[str], object]) -> None:
         place = self._at(path)
-        self._fs.makedirs(self._fs._parent(place), exist_ok=True)
-        return self._fs.open(place, "wb")
+        try:
+            write(place)
+        except FileNotFoundError:
+            if getattr(self._fs, "fs", self._fs).async_impl:
+                raise  # an object store, which has no folders: to make one would make a bucket that is misspelt
+            self._fs.makedirs(self._fs._parent(place), exist_ok=True)
+            write(place)
 
     def _at(self, path: str | os.PathLike[str]) -> str:
         return str(self._fs._strip_protocol(os.fspath(path)))

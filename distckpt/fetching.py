@@ -1,4 +1,4 @@
-"""What a run left at another place, brought to a directory that has nothing to resume from."""
+"""What a runner resumes from, made ready: here or, where that is lost or behind, from the place of the copies."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import secrets
 import zipfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import xxhash
 
 from distckpt import layout, message_hub
+from distckpt.catalog import read_record, scan
 from distckpt.errors import DamagedCheckpoint, DistckptError, NoCheckpoint
 from distckpt.formats.pth import open_pth
 from distckpt.linked_keeping import LAST
@@ -26,37 +28,50 @@ from distckpt.stores.local import LocalStore
 _log = logging.getLogger("distckpt")
 
 
-def fetch(directory: str, mirror: Mirror, filename_tmpl: str) -> None:
-    """The file that ``last_checkpoint`` says at the other place is in ``directory``, whole and durably, as a
-    checkpoint of the run that wrote it, and ``last_checkpoint`` here says it. Where there is none at the other place,
-    nothing happens. Leader only.
+def make_ready(work_dir: str, directory: str, mirror: Mirror | None, filename_tmpl: str) -> None:
+    """``last_checkpoint`` in ``work_dir`` says a file in ``directory`` that is whole, if there is one. What it says at
+    the other place is fetched where there is none, or where another directory has gone on with the run since. Leader
+    only.
 
     Raises:
-        NoCheckpoint: naming the file that is not there.
-        DamagedCheckpoint: where it is not whole there.
-        DistckptError: where the other place cannot be read.
+        NoCheckpoint, DamagedCheckpoint, DistckptError: where what should be at the other place is not, is not whole, or
+            cannot be read, and there is nothing here to resume from.
     """
-    name = _pointed(mirror)
-    if name is None:
+    is_there = Pointer(LocalStore(work_dir)).mend(LocalStore(directory), directory)
+    if mirror is None:
         return
-    store = LocalStore(directory)
-    _log.warning("%s holds nothing to resume from: %s is fetched", directory, mirror.path(name))
+    try:
+        name = _pointed(mirror)
+        if name is None or (is_there and (name == mirror.said() or LocalStore(directory).exists(name))):
+            return
+        _log.warning("%s is fetched, as %s holds %s", mirror.path(name), directory, "another" if is_there else "none")
+        _fetch(LocalStore(directory), directory, mirror, name, filename_tmpl, is_there=is_there)
+    except DistckptError as error:
+        if not is_there:
+            raise
+        _log.warning("%s; the run goes on with what is in %s", error, directory)
+
+
+def _fetch(store: LocalStore, directory: str, mirror: Mirror, name: str, filename_tmpl: str, *, is_there: bool) -> None:
     draft = f"{layout.DRAFT_PREFIX}{name}-{secrets.token_hex(4)}"
     try:
         size_bytes, digest = _download(mirror, name, store, draft)
         _check(Path(directory) / draft, mirror.path(name))
-        meta, known = _said_in(Path(directory) / draft)
-        store.delete(layout.record_of(name))
+        told = _Told.read(Path(directory) / draft)
+        record = None if told is None else told.record(store, name, size_bytes, digest, filename_tmpl)
+        if is_there and (record is None or not _is_further(store, record)):
+            _log.warning("%s is of another run, or not further, and is not resumed from", mirror.path(name))
+            return
+        store.delete(layout.record_of(name))  # of a file that is damaged, or gone
         store.settle()
         store.move(draft, name)
         store.settle()
+        if record is not None and told is not None:
+            store.publish(layout.record_of(name), record.to_json())
+            mirror.inherit(record, [one for one in told.others(mirror, filename_tmpl) if one != name])
+        Pointer(store).set(os.path.join(directory, name))  # noqa: PTH118  as MMEngine spells it
     finally:
         store.delete(draft)
-    if known.get(message_hub.RUN):
-        record = _record(name, size_bytes, digest, meta, known, filename_tmpl)
-        store.publish(layout.record_of(name), record.to_json())
-        mirror.inherit(record.run, record, [one for one in _others(mirror, known, filename_tmpl) if one != name])
-    Pointer(store).set(os.path.join(directory, name))  # noqa: PTH118  as MMEngine spells it
 
 
 def _pointed(mirror: Mirror) -> str | None:
@@ -105,42 +120,65 @@ def _check(draft: Path, path: str) -> None:
         raise DamagedCheckpoint(f"{path} is damaged, in {wrong}")
 
 
-def _said_in(draft: Path) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """The ``meta`` of the file and what its message hub knew; nothing of one that could only be unpickled."""
+def _is_further(store: LocalStore, record: Record) -> bool:
+    """Whether ``record`` is of the run that the directory goes on with, and of a later step."""
+    name = Pointer(store).name()
     try:
-        held = open_pth(draft).value
-        return held["meta"], held["message_hub"]["runtime_info"]
-    except (DistckptError, KeyError, TypeError) as error:
-        _log.debug("%s is left as it is: %s", draft, error)
-        return {}, {}
+        here = read_record(store, name or "")
+    except (OSError, DistckptError):
+        return False
+    return here.run == record.run and here.progress.step < record.progress.step
 
 
-def _record(
-    name: str, size_bytes: int, digest: str, meta: Mapping[str, Any], known: Mapping[str, Any], filename_tmpl: str
-) -> Record:
-    ids = known.get(message_hub.KEEP_CKPT_IDS)
-    is_counted = not isinstance(ids, list) or name in [filename_tmpl.format(one) for one in ids]
-    return Record(
-        name=name,
-        progress=Progress(int(meta["iter"]), int(meta["epoch"])),
-        format="pth",
-        world_size=1,
-        reasons=("interval",) if is_counted else (LAST,),
-        created=datetime.now(UTC).isoformat(timespec="milliseconds"),
-        run=str(known[message_hub.RUN]),
-        attempt=0,
-        serial=0,
-        total_bytes=size_bytes,
-        content_bytes=size_bytes,
-        content_xxh3_128=digest,
-    )
+@dataclass(frozen=True)
+class _Told:
+    """What a file of a run says of itself."""
 
+    run: str
+    progress: Progress
+    known: Mapping[str, Any]
 
-def _others(mirror: Mirror, known: Mapping[str, Any], filename_tmpl: str) -> list[str]:
-    """What else is up, as the file knew it."""
-    ids = known.get(message_hub.KEEP_CKPT_IDS)
-    names = [filename_tmpl.format(one) for one in ids] if isinstance(ids, list) else []
-    for key, path in known.items():
-        if key.startswith("best_ckpt") and isinstance(path, str) and mirror.path(PurePosixPath(path).name) == path:
-            names.append(PurePosixPath(path).name)
-    return names
+    @classmethod
+    def read(cls, draft: Path) -> _Told | None:
+        """None for a file of no run, as stock MMEngine writes them, and one that could only be unpickled."""
+        try:
+            held = open_pth(draft).value
+            known, meta = held["message_hub"]["runtime_info"], held["meta"]
+            return cls(str(known[message_hub.RUN]), Progress(int(meta["iter"]), int(meta["epoch"])), known)
+        except (DistckptError, KeyError, TypeError, ValueError) as error:
+            _log.debug("%s is no file of a run: %s", draft, error)
+            return None
+
+    def record(self, store: LocalStore, name: str, size_bytes: int, digest: str, filename_tmpl: str) -> Record:
+        """The record of that file, as the newest in ``store``."""
+        newest = [one.order for one in scan(store).records][-1:]
+        attempt, serial = newest[0] if newest else (0, -1)
+        ids = self._ids()
+        return Record(
+            name=name,
+            progress=self.progress,
+            format="pth",
+            world_size=1,
+            reasons=("interval",) if ids is None or name in map(filename_tmpl.format, ids) else (LAST,),
+            created=datetime.now(UTC).isoformat(timespec="milliseconds"),
+            run=self.run,
+            attempt=attempt,
+            serial=serial + 1,
+            total_bytes=size_bytes,
+            content_bytes=size_bytes,
+            content_xxh3_128=digest,
+        )
+
+    def others(self, mirror: Mirror, filename_tmpl: str) -> list[str]:
+        """What else was at the other place when the file was written."""
+        names = [filename_tmpl.format(one) for one in self._ids() or ()]
+        for key, path in self.known.items():
+            name = PurePosixPath(path).name if isinstance(path, str) else ""
+            if key.startswith("best_ckpt") and mirror.path(name) == path:
+                names.append(name)
+        return names
+
+    def _ids(self) -> list[Any] | None:
+        """The periodic files that were kept; None where all were."""
+        ids = self.known.get(message_hub.KEEP_CKPT_IDS)
+        return ids if isinstance(ids, list) else None

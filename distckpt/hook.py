@@ -13,10 +13,9 @@ from distckpt import hook_words, layout, message_hub
 from distckpt.best import AUTO, DEFAULT_GREATER_KEYS, DEFAULT_LESS_KEYS, AutoMetric, BestBy, parse_keys, parse_metrics
 from distckpt.contest import Contest, Verdict
 from distckpt.errors import DistckptError
-from distckpt.fetching import fetch
+from distckpt.fetching import make_ready
 from distckpt.linked_keeping import LAST, is_periodic
 from distckpt.places import Place, is_url, open_place
-from distckpt.pointer import Pointer
 from distckpt.progress import Progress
 from distckpt.ranks import from_leader
 from distckpt.ranks.process_group import detect
@@ -25,7 +24,6 @@ from distckpt.runner_run import RunnerRun
 from distckpt.runner_state import check_strategy, is_built, optimizer_of, to_histories
 from distckpt.schedule import Schedule
 from distckpt.sharded_runner import ShardedRunner
-from distckpt.stores.local import LocalStore
 from distckpt.triggers import Triggers
 from distckpt.words import check_flags, refuse_unknown
 
@@ -159,8 +157,8 @@ class CheckpointHook:
 
     def before_run(self, runner: Any) -> None:
         """``last_checkpoint``, from which the runner may resume, says a file that is whole, if there is one. Where it
-        was moved, damaged or lost, it says the newest other one, with a warning; where there is none in the directory,
-        what it says at the place of the copies is fetched.
+        was moved, damaged or lost, it says the newest other one, with a warning. Where copies are made elsewhere, what
+        it says there is fetched if there is none here, or the run has gone on in another directory since.
 
         Raises:
             TypeError: where the runner's strategy keeps its state to itself (DeepSpeed, ColossalAI).
@@ -172,13 +170,12 @@ class CheckpointHook:
             return
         work_dir = str(runner.work_dir)
         place = self._place(work_dir)
-
-        def mend() -> None:
-            is_there = Pointer(LocalStore(work_dir)).mend(LocalStore(place.directory), place.directory)
-            if not is_there and place.mirror is not None and getattr(runner, "_load_from", None) is None:
-                fetch(place.directory, place.mirror, self.filename_tmpl)
-
-        from_leader(detect(self._extras.timeout), "look at last_checkpoint", mend)
+        mirror = place.mirror if getattr(runner, "_load_from", None) is None else None
+        from_leader(
+            detect(self._extras.timeout),
+            "look at last_checkpoint",
+            lambda: make_ready(work_dir, place.directory, mirror, self.filename_tmpl),
+        )
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
         """The logs in ``checkpoint`` are of the type that MMEngine resumes. Not collective."""

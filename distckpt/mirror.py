@@ -137,6 +137,11 @@ class Mirror:
             else:
                 self._note(files={one: digest for one, digest in self._held.files.items() if one != name})
 
+    def said(self) -> str | None:
+        """The file that this directory itself had ``last_checkpoint`` there say last."""
+        held = self._read()
+        return held.pointed if held is not None and held.root == self.root else None
+
     def is_up(self, name: str) -> bool:
         """Whether that file is known to be there."""
         return name in self._held.files
@@ -145,10 +150,10 @@ class Mirror:
         """The files there that no file of this directory is behind: another directory had them, which is lost."""
         return [name for name, digest in self._held.files.items() if digest == _UNKNOWN]
 
-    def inherit(self, run: str, record: Record, others: Sequence[str]) -> None:
-        """Of ``run`` is there what ``last_checkpoint`` says, which is ``record`` here, and maybe ``others``."""
-        self._held = Held(run, self.root)
-        files = {**dict.fromkeys(others, _UNKNOWN), record.name: record.content_xxh3_128}
+    def inherit(self, record: Record, others: Sequence[str]) -> None:
+        """Of the run of ``record``, which was fetched, is there what ``last_checkpoint`` says, and maybe ``others``."""
+        self.start(record.run)
+        files = {**dict.fromkeys(others, _UNKNOWN), **self._held.files, record.name: record.content_xxh3_128}
         self._note(files=files, pointed=record.name)
 
     def _tried(self, name: str, work: Callable[[str], None]) -> None:

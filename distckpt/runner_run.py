@@ -9,10 +9,11 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from distckpt import layout
-from distckpt.best import Metric, ahead_of, ranking
+from distckpt.best import Metric, ranking
 from distckpt.buffers import sync_buffers
 from distckpt.catalog import Catalog
 from distckpt.contest import Contest, Verdict, is_link, links
+from distckpt.copies import Copies
 from distckpt.engine.memory import expected_bytes
 from distckpt.engine.stager import Stager
 from distckpt.errors import DistckptError
@@ -20,7 +21,7 @@ from distckpt.formats import Snapshot, Staged
 from distckpt.formats.known import get_format
 from distckpt.formats.pth import Pth
 from distckpt.hook_words import Extras
-from distckpt.linked_keeping import LAST, LinkedKeeping, is_periodic
+from distckpt.linked_keeping import LAST, LinkedKeeping
 from distckpt.manifest import Record
 from distckpt.places import Place
 from distckpt.pointer import Pointer
@@ -58,6 +59,12 @@ class RunnerRun:
         self._told_of_code = False
         self._errors = 0
         self._pointer = Pointer(LocalStore(work_dir))
+        self._copies = Copies(
+            place.mirror,
+            contest,
+            pointed=self._pointer.name,
+            max_keep_ckpts=int(extras.keeping["max_keep_ckpts"]),
+        )
         ranks = detect(extras.timeout)
         try:
             for folder in dict.fromkeys((place.directory, work_dir)):
@@ -72,7 +79,7 @@ class RunnerRun:
                     contest.best_by,
                     by_epoch=by_epoch,
                     pointed=self._pointer.name,
-                    follow=self._let_go,
+                    follow=self._copies.follow,
                 ),
                 timeout=extras.timeout,
                 continues=continues,
@@ -170,8 +177,8 @@ class RunnerRun:
             return
 
         def work() -> None:
-            self._copy()
-            self._let_go(self.run.own_records())
+            self._copies.make(self.run.own_records)
+            self._copies.follow(self.run.own_records())
 
         from_leader(self.run.ranks, f"copying to {self.place.out_dir}", work)
 
@@ -288,44 +295,10 @@ class RunnerRun:
         finally:
             if moves:
                 self._pointer.set(self._here(record.name))
-        self._copy()
+        self._copies.make(self.run.own_records)
 
     def _here(self, name: str) -> str:
         return os.path.join(self.place.directory, name)  # noqa: PTH118  as MMEngine spells it
-
-    def _copy(self) -> None:
-        """What there should be at the other place is there: the best, and what a restart may read."""
-        if (mirror := self.place.mirror) is None:
-            return
-        pointed = self._pointer.name()
-        records = [
-            record
-            for record in self.run.own_records()
-            if is_link(record) or record.reasons != (BEST,) or record.name == pointed or mirror.is_up(record.name)
-        ]
-        mirror.copy(records, pointed)
-
-    def _let_go(self, left: Sequence[Record]) -> None:
-        if (mirror := self.place.mirror) is not None:
-            inherited = mirror.inherited()
-            kept = self._inherited_still_kept(inherited, left) if inherited else []
-            mirror.let_go({*(record.name for record in left), *kept})
-
-    def _inherited_still_kept(self, names: Sequence[str], left: Sequence[Record]) -> list[str]:
-        """Those copies of a directory that is lost that would be kept if they were here."""
-        best = {name for name in names if name.startswith("best_")}
-        linked = links(left)
-        for metric in self.contest.best_by.metrics:
-            score = self.contest.elsewhere(metric)
-            scores = [record.metrics[metric.name] for record in ranking(metric, linked)]
-            if score is not None and ahead_of(metric, score, scores) >= self.contest.best_by.keep:
-                best = {name for name in best if not name.startswith(layout.best_prefix(metric.name))}
-        periodic = [name for name in names if not name.startswith("best_")]
-        limit = int(self._extras.keeping["max_keep_ckpts"])
-        if limit > 0:
-            room = limit - sum(not is_link(record) and is_periodic(record.reasons) for record in left)
-            periodic = periodic[-room:] if room > 0 else []
-        return [*best, *periodic]
 
     def _judge(self, reported: Mapping[str, object]) -> Json:
         if not reported:

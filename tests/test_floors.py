@@ -14,7 +14,7 @@ POLICIES = {"schedule", "best", "retention", "contest", "selection", "words"}
 CONTRACTS = {"ranks", "stores", "formats"}
 FLOWS = {
     *("attempt", "agreeing", "catalog", "saving", "restoring", "writer", "run"),
-    *("judging", "keeping", "linked_keeping", "mirror", "planning", "pointer", "telling", "triggers"),
+    *("copies", "judging", "keeping", "linked_keeping", "mirror", "planning", "pointer", "telling", "triggers"),
 }
 HANDS_WITHOUT_TORCH = {
     "ranks.board",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -256,6 +257,40 @@ def test_a_save_that_takes_longer_than_a_collective_may_harms_nobody(run_ranks, 
     told = run_ranks(2, slowly, str(tmp_path))
     assert told[0] == told[1]
     assert len([*tmp_path.glob("epoch_*.pth")]) == 2
+
+
+@pytest.mark.timeout(120)
+def test_copies_that_rank_0_cannot_write_are_an_error_on_all_and_made_up_for(run_ranks, tmp_path):
+    there = tmp_path / "there"
+    there.write_bytes(b"")  # in the way of a folder
+    words = dict(wrapper="ddp", interval=1, max_keep_ckpts=1, epochs=2, out_dir=f"local://{there}")
+    told = run_ranks(2, refused, str(tmp_path / "here"), words)
+    assert told[0] == told[1] and "rank 0: " in told[0] and "epoch_1.pth could not be written" in told[0], told
+    there.unlink()
+    run_ranks(2, train, str(tmp_path / "here"), {**words, "resume": True})
+    assert sorted(path.name for path in (there / "here").iterdir()) == ["epoch_2.pth", "last_checkpoint"]
+
+
+@pytest.mark.timeout(120)
+def test_two_ranks_go_on_from_the_copies_bit_for_bit(run_ranks, tmp_path):
+    words = dict(wrapper="ddp", interval=1, out_dir=f"local://{tmp_path}/there", async_save=True)
+    reference = run_ranks(2, train, str(tmp_path / "reference"), words)
+    run_ranks(2, train, str(tmp_path / "lost"), words, 10, lost=(0, 1))
+    shutil.rmtree(tmp_path / "lost")
+    assert run_ranks(2, train, str(tmp_path / "lost"), {**words, "resume": True}) == reference
+
+
+def with_a_backend_of_its_own(rank: int, work_dir: str) -> str:
+    backend = {"backend": "fsspec"} if rank == 0 else {"backend": "petrol"}
+    words = dict(wrapper="ddp", interval=1, out_dir=f"local://{work_dir}/there", backend_args=backend)
+    return refused(rank, work_dir, words)
+
+
+@pytest.mark.timeout(60)
+def test_a_backend_that_one_rank_cannot_open_is_an_error_on_all_before_training(run_ranks, tmp_path):
+    told = run_ranks(2, with_a_backend_of_its_own, str(tmp_path))
+    assert "RankFailure" in told[0] and "rank 1: ValueError" in told[0] and "no backend 'petrol'" in told[0]
+    assert told[1].startswith("ValueError") and "no backend 'petrol'" in told[1]
 
 
 @pytest.mark.timeout(60)

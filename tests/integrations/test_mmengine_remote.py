@@ -65,10 +65,10 @@ class Elsewhere(LocalBackend):
 
     def _called(self, method: str, filepath: str) -> None:
         name = Path(filepath).name
-        if name in self.kills:
+        if f"{method} {name}" in self.kills:
             os.kill(os.getpid(), signal.SIGKILL)
-        if name in self.fails:
-            self.fails.remove(name)
+        if f"{method} {name}" in self.fails:
+            self.fails.remove(f"{method} {name}")
             raise OSError(errno.ENOSPC, "No space left on device", str(filepath))
         self.calls.append((method, name))
 
@@ -331,7 +331,7 @@ def test_published_files_go_there_too(case, elsewhere):
 def test_a_copy_that_fails_is_raised_and_made_up_for_at_the_next_start(case, elsewhere, name, beaten):
     words = dict(interval=1, max_keep_ckpts=1, save_best="acc", out_dir="elsewhere://")
     build(case, epochs=1, **words).train()
-    elsewhere.fails.append(name)
+    elsewhere.fails.append(f"put {name}")
     with pytest.raises(RankFailure, match=rf"rank 0: .*{name} could not be written: OSError.*No space left.*safe at"):
         build(case, start=1, resume=True, **words).train()
     assert "epoch_2.pth" in here(case)
@@ -343,7 +343,7 @@ def test_a_copy_that_fails_is_raised_and_made_up_for_at_the_next_start(case, els
 
 
 def test_in_the_background_a_copy_that_fails_is_warned_of_and_made_up_for_at_the_next_save(case, elsewhere, caplog):
-    elsewhere.fails.append("epoch_1.pth")
+    elsewhere.fails.append("put epoch_1.pth")
     with caplog.at_level(logging.WARNING, "distckpt"):
         build(case, interval=1, out_dir="elsewhere://", async_save=True).train()
     assert "epoch_1.pth could not be written" in caplog.text
@@ -351,7 +351,7 @@ def test_in_the_background_a_copy_that_fails_is_warned_of_and_made_up_for_at_the
 
 
 def test_in_the_background_what_is_not_there_at_the_end_is_raised(case, elsewhere):
-    elsewhere.fails += ["epoch_3.pth"] * 2
+    elsewhere.fails += ["put epoch_3.pth"] * 2
     with pytest.raises(RankFailure, match="epoch_3.pth could not be written"):
         build(case, interval=1, out_dir="elsewhere://", async_save=True).train()
     assert "epoch_3.pth" in here(case)
@@ -375,9 +375,9 @@ def test_a_copy_that_cannot_be_removed_is_removed_later(case, elsewhere, caplog)
 @pytest.mark.parametrize(
     ("at", "made_up"),
     [
-        ("epoch_2.pth", ["epoch_2.pth", "last_checkpoint"]),
-        ("last_checkpoint", ["last_checkpoint"]),
-        ("epoch_1.pth", []),  # when that is to be removed
+        ("put epoch_2.pth", ["epoch_2.pth", "last_checkpoint"]),
+        ("put last_checkpoint", ["last_checkpoint"]),
+        ("remove epoch_1.pth", []),
     ],
 )
 def test_killed_between_the_commit_and_its_copies_the_next_start_makes_up_for_it(case, elsewhere, at, made_up):
@@ -438,6 +438,54 @@ def test_what_was_fetched_is_a_checkpoint_of_the_run_like_any_other(case, elsewh
     build(case, epochs=3, resume=True, **words).train()
     assert (Path(case.temp_dir.name) / "epoch_2.pth.committed").is_file()
     assert ("put", "epoch_2.pth") not in elsewhere.calls
+
+
+def test_where_another_directory_has_gone_on_with_the_run_this_one_follows(case, elsewhere, tmp_path, caplog):
+    words = dict(interval=1, max_keep_ckpts=2, out_dir="elsewhere://")
+    build(case, epochs=2, **words).train()
+    left = tmp_path / "left"
+    shutil.copytree(case.temp_dir.name, left)
+    lose(case)
+    build(case, epochs=4, resume=True, **words).train()
+    lose(case)
+    shutil.copytree(left, case.temp_dir.name, dirs_exist_ok=True)
+    with caplog.at_level(logging.WARNING, "distckpt"):
+        runner = build(case, epochs=5, resume=True, **words)
+        runner.train()
+    assert "epoch_4.pth is fetched" in caplog.text
+    assert runner.iter == 20 and len(runner.message_hub.log_scalars["train/loss"].data[0]) == 20
+    assert here(case) == ["epoch_4.pth", "epoch_5.pth"]
+    assert copies(case, elsewhere) == ["epoch_4.pth", "epoch_5.pth", "last_checkpoint"]
+
+
+def test_what_another_training_left_there_is_not_gone_on_with(case, elsewhere, caplog):
+    build(case, epochs=3, interval=1, out_dir="elsewhere://").train()
+    lose(case)
+    build(case, epochs=2, interval=1).train()
+    with caplog.at_level(logging.WARNING, "distckpt"):
+        runner = build(case, epochs=3, interval=1, out_dir="elsewhere://", resume=True)
+        runner.train()
+    assert "is of another run" in caplog.text
+    assert here(case) == ["epoch_1.pth", "epoch_2.pth", "epoch_3.pth"]
+
+
+def test_what_cannot_be_asked_there_does_not_stop_a_run_that_is_here(case, elsewhere, caplog):
+    words = dict(interval=1, out_dir="elsewhere://")
+    build(case, epochs=2, **words).train()
+    elsewhere.fails.append("isfile last_checkpoint")
+    with caplog.at_level(logging.WARNING, "distckpt"):
+        runner = build(case, epochs=3, resume=True, **words)
+        runner.train()
+    assert "the run goes on with what is in" in caplog.text and runner.iter == 12
+
+
+def test_what_cannot_be_asked_there_is_an_error_where_nothing_is_here(case, elsewhere):
+    words = dict(interval=1, out_dir="elsewhere://")
+    build(case, epochs=2, **words).train()
+    lose(case)
+    elsewhere.fails.append("isfile last_checkpoint")
+    with pytest.raises(RankFailure, match="last_checkpoint cannot be read, so it is not known what there is"):
+        build(case, epochs=3, resume=True, **words).train()
 
 
 def test_with_nothing_at_the_other_place_training_starts_anew(case, elsewhere):

@@ -1,0 +1,231 @@
+"""Copies of a run's files at another place: what is asked of it, and what is known after an error or a restart."""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from distckpt import DistckptError
+from distckpt.best import BestBy, Metric
+from distckpt.contest import Contest
+from distckpt.copies import Copies
+from distckpt.manifest import Record, digest
+from distckpt.mirror import Mirror
+from distckpt.progress import Progress
+from distckpt.stores.local import LocalStore
+
+ACC = Metric("acc", "greater")
+
+
+class Shelf:
+    """Another place, in memory. It remembers what was asked of it, and fails at the ``fail_at``-th call."""
+
+    def __init__(self) -> None:
+        self.held: dict[str, bytes] = {}
+        self.calls: list[str] = []
+        self.fail_at: int | None = None
+
+    def _called(self, call: str) -> None:
+        is_next = len(self.calls) == self.fail_at
+        self.calls.append(call)
+        if is_next:
+            raise OSError(errno.EIO, "the network is gone")
+
+    def upload(self, source: Path, path: str) -> None:
+        self._called(f"upload {path}")
+        self.held[path] = source.read_bytes()
+
+    def put(self, obj: bytes, filepath: str) -> None:
+        self._called(f"put {filepath}")
+        self.held[filepath] = obj
+
+    def download(self, path: str) -> Iterator[bytes]:
+        self._called(f"download {path}")
+        yield self.held[path]
+
+    def isfile(self, filepath: str) -> bool:
+        self._called(f"isfile {filepath}")
+        return filepath in self.held
+
+    def remove(self, filepath: str) -> None:
+        self._called(f"remove {filepath}")
+        del self.held[filepath]
+
+    def join_path(self, root: str, name: str) -> str:
+        return f"{root}/{name}"
+
+
+@pytest.fixture
+def shelf() -> Shelf:
+    return Shelf()
+
+
+def mirror(folder: Path, shelf: Shelf, *, run: str = "run", root: str = "there") -> Mirror:
+    started = Mirror(LocalStore(folder), str(folder), shelf, root)
+    started.start(run)
+    return started
+
+
+def saved(folder: Path, epoch: int, *, content: str = "", reasons: tuple[str, ...] = ("interval",)) -> Record:
+    name = f"epoch_{epoch}.pth"
+    data = f"{epoch}{content}".encode()
+    (folder / name).write_bytes(data)
+    progress = Progress(epoch, epoch)
+    return Record(name, progress, "pth", 1, reasons, "", "run", 1, epoch, len(data), len(data), digest(data))
+
+
+def best(record: Record, acc: float, name: str = "acc") -> Record:
+    return Record(
+        **{**vars(record), "name": f"best_{name}_{record.name}", "reasons": ("best",), "metrics": {name: acc}}
+    )
+
+
+def names(shelf: Shelf) -> list[str]:
+    return sorted(path.rpartition("/")[2] for path in shelf.held)
+
+
+def asked(shelf: Shelf) -> list[str]:
+    told, shelf.calls = shelf.calls, []
+    return told
+
+
+def test_what_is_up_costs_nothing_after_a_restart_either(tmp_path, shelf):
+    records = [saved(tmp_path, 1), saved(tmp_path, 2)]
+    mirror(tmp_path, shelf).copy(records, "epoch_2.pth")
+    assert asked(shelf) == ["upload there/epoch_2.pth", "upload there/epoch_1.pth", "put there/last_checkpoint"]
+    mirror(tmp_path, shelf).copy(records, "epoch_2.pth")
+    assert asked(shelf) == []
+    assert shelf.held["there/last_checkpoint"] == b"there/epoch_2.pth"
+
+
+def test_a_file_that_was_written_again_is_copied_again(tmp_path, shelf):
+    copying = mirror(tmp_path, shelf)
+    copying.copy([saved(tmp_path, 1)], None)
+    copying.copy([saved(tmp_path, 1, content="again")], None)
+    assert shelf.held == {"there/epoch_1.pth": b"1again"}
+
+
+def test_what_another_run_or_another_place_has_up_counts_for_nothing(tmp_path, shelf):
+    record = saved(tmp_path, 1)
+    mirror(tmp_path, shelf).copy([record], None)
+    other = mirror(tmp_path, shelf, run="other")
+    other.copy([record], None)
+    mirror(tmp_path, shelf, run="other", root="elsewhere").copy([record], None)
+    assert [call for call in asked(shelf) if "epoch_1" in call] == [
+        *("upload there/epoch_1.pth", "upload there/epoch_1.pth", "upload elsewhere/epoch_1.pth")
+    ]
+
+
+@pytest.mark.parametrize("fail_at", range(6))
+def test_wherever_it_fails_the_next_call_or_start_makes_up_for_it(tmp_path, shelf, fail_at, caplog):
+    copying = mirror(tmp_path, shelf)
+    old = saved(tmp_path, 1)
+    copying.copy([old], "epoch_1.pth")
+    asked(shelf)
+    new, link = saved(tmp_path, 2), best(saved(tmp_path, 2), 0.5)
+    (tmp_path / link.name).write_bytes(b"2")
+    shelf.fail_at = fail_at
+
+    def work(copying: Mirror) -> None:
+        copying.copy([new, link], "epoch_2.pth")
+        copying.let_go({new.name, link.name})
+
+    if fail_at < 3:
+        with pytest.raises(DistckptError, match=r"there/.* could not be written: OSError.* is safe at .*copied at the"):
+            work(copying)
+        copying.let_go({new.name, link.name})
+        assert "there/epoch_1.pth" in shelf.held, "what is newer is not safe yet"
+        assert shelf.held["there/last_checkpoint"] == b"there/epoch_1.pth"
+    elif fail_at < 5:
+        with caplog.at_level(logging.WARNING, "distckpt"):
+            work(copying)
+        assert "could not be removed, and will be tried again" in caplog.text
+    shelf.fail_at = None
+    work(mirror(tmp_path, shelf))
+    assert names(shelf) == ["best_acc_epoch_2.pth", "epoch_2.pth", "last_checkpoint"]
+
+
+def test_a_copy_that_somebody_else_removed_is_not_removed_again(tmp_path, shelf):
+    copying = mirror(tmp_path, shelf)
+    copying.copy([saved(tmp_path, 1)], None)
+    shelf.held.clear()
+    asked(shelf)
+    copying.let_go(())
+    copying.let_go(())
+    assert asked(shelf) == ["isfile there/epoch_1.pth"]
+
+
+@pytest.mark.parametrize("damage", [b"", b"{}", b'{"run":"run","root":"there","last":"","files":{"epoch_1.pth":1}}'])
+def test_where_it_is_not_known_any_more_what_is_up_all_is_copied_again(tmp_path, shelf, damage, caplog):
+    record = saved(tmp_path, 1)
+    mirror(tmp_path, shelf).copy([record], None)
+    (tmp_path / "copies.json").write_bytes(damage)
+    asked(shelf)
+    with caplog.at_level(logging.WARNING, "distckpt"):
+        mirror(tmp_path, shelf).copy([record], None)
+    assert "all is copied again" in caplog.text and asked(shelf) == ["upload there/epoch_1.pth"]
+
+
+def copies(mirror: Mirror | None, pointed: str | None = None, *, keep: int = 1, limit: int = -1) -> Copies:
+    return Copies(mirror, Contest(BestBy((ACC,), keep)), pointed=lambda: pointed, max_keep_ckpts=limit)
+
+
+def test_what_was_saved_for_being_the_best_alone_is_copied_as_that(tmp_path, shelf):
+    alone = saved(tmp_path, 1, reasons=("best",))
+    (tmp_path / "best_acc_epoch_1.pth").write_bytes(b"1")
+    copies(mirror(tmp_path, shelf)).make(lambda: [alone, best(alone, 0.5)])
+    assert names(shelf) == ["best_acc_epoch_1.pth"]
+    copies(mirror(tmp_path, shelf), alone.name).make(lambda: [alone, best(alone, 0.5)])
+    assert names(shelf) == ["best_acc_epoch_1.pth", "epoch_1.pth", "last_checkpoint"]
+
+
+def test_without_another_place_nothing_is_read():
+    copies(None).make(lambda: pytest.fail("was read"))
+    copies(None).follow([])
+
+
+@pytest.mark.parametrize(
+    ("limit", "epochs", "kept"),
+    [(-1, [5, 6], [1, 2, 3]), (5, [5, 6], [1, 2, 3]), (4, [5, 6], [2, 3]), (2, [5, 6], []), (1, [5, 6], [])],
+)
+def test_of_the_copies_of_a_lost_directory_those_stay_that_would_have(tmp_path, shelf, limit, epochs, kept):
+    before = mirror(tmp_path, shelf)
+    before.copy([saved(tmp_path, epoch) for epoch in (1, 2, 3)], None)
+    (tmp_path / "copies.json").unlink()
+    fetched = saved(tmp_path, 4)
+    before.inherit(fetched, ["epoch_1.pth", "epoch_2.pth", "epoch_3.pth"])
+    left = [saved(tmp_path, epoch) for epoch in epochs]
+    after = mirror(tmp_path, shelf)
+    after.copy(left, "epoch_6.pth")
+    copies(after, limit=limit).follow(left)
+    assert names(shelf) == sorted([f"epoch_{epoch}.pth" for epoch in [*kept, *epochs]] + ["last_checkpoint"])
+
+
+@pytest.mark.parametrize(
+    ("score", "new", "keep", "stays"),
+    [
+        (0.5, [0.6], 1, False),
+        (0.5, [0.4], 1, True),
+        (0.5, [0.5], 1, True),
+        (0.5, [0.6], 2, True),
+        (0.5, [0.6, 0.7], 2, False),
+        (None, [0.9], 1, True),
+    ],
+)
+def test_the_best_of_a_lost_directory_goes_when_it_is_beaten(tmp_path, shelf, score, new, keep, stays):
+    shelf.held["there/best_acc_epoch_1.pth"] = shelf.held["there/best_accuracy_epoch_1.pth"] = b""
+    after = mirror(tmp_path, shelf)
+    after.inherit(saved(tmp_path, 1), ["best_acc_epoch_1.pth", "best_accuracy_epoch_1.pth"])
+    left = [best(saved(tmp_path, epoch), acc) for epoch, acc in enumerate(new, start=2)]
+    for one in left:
+        (tmp_path / one.name).write_bytes(b"")
+    after.copy(left, None)
+    following = copies(after, keep=keep)
+    following._contest.elsewhere = lambda metric: score
+    following.follow(left)
+    assert ("there/best_acc_epoch_1.pth" in shelf.held) is stays
+    assert "there/best_accuracy_epoch_1.pth" in shelf.held, "of a metric that nobody asks for"
