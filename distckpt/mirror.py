@@ -124,10 +124,13 @@ class Mirror:
 
     def let_go(self, kept: Collection[str]) -> None:
         """Copies of files that are not among ``kept`` are gone: unless the last `copy` failed. One that cannot be
-        removed is warned of, and tried again."""
+        removed is warned of, and tried again. Where a record is here that cannot be read, the copy may be all that is
+        left."""
         if self._is_behind:
             return
         for name in [one for one in self._held.files if one not in kept and one != self._held.pointed]:
+            if self._store.exists(layout.record_of(name)):
+                continue
             path = self.path(name)
             try:
                 if self.files.isfile(path):

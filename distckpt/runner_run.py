@@ -23,6 +23,7 @@ from distckpt.formats.pth import Pth
 from distckpt.hook_words import Extras
 from distckpt.linked_keeping import LAST, LinkedKeeping
 from distckpt.manifest import Record
+from distckpt.mirror import Mirror
 from distckpt.places import Place
 from distckpt.pointer import Pointer
 from distckpt.progress import Progress
@@ -34,6 +35,7 @@ from distckpt.run import Run
 from distckpt.runner_state import capture, module_of, optimizer_in, to_plain
 from distckpt.saving import Job
 from distckpt.stores.local import LocalStore
+from distckpt.writer import Writer
 
 _log = logging.getLogger("distckpt")
 
@@ -59,12 +61,7 @@ class RunnerRun:
         self._told_of_code = False
         self._errors = 0
         self._pointer = Pointer(LocalStore(work_dir))
-        self._copies = Copies(
-            place.mirror,
-            contest,
-            pointed=self._pointer.name,
-            max_keep_ckpts=int(extras.keeping["max_keep_ckpts"]),
-        )
+        self._copies = None if place.mirror is None else self._new_copies(place.mirror)
         ranks = detect(extras.timeout)
         try:
             for folder in dict.fromkeys((place.directory, work_dir)):
@@ -79,7 +76,7 @@ class RunnerRun:
                     contest.best_by,
                     by_epoch=by_epoch,
                     pointed=self._pointer.name,
-                    follow=self._copies.follow,
+                    **({} if self._copies is None else {"follow": self._copies.follow}),
                 ),
                 timeout=extras.timeout,
                 continues=continues,
@@ -108,6 +105,8 @@ class RunnerRun:
         try:
             self.run.close()
         finally:
+            if self._copies is not None:
+                self._copies.close(self._extras.timeout.total_seconds())
             self._stager.close()
 
     def path(self, name: str) -> str:
@@ -173,14 +172,9 @@ class RunnerRun:
         Raises:
             RankFailure: on all ranks, where that could not be done.
         """
-        if self.place.mirror is None:
-            return
-
-        def work() -> None:
-            self._copies.make(self.run.own_records)
-            self._copies.follow(self.run.own_records())
-
-        from_leader(self.run.ranks, f"copying to {self.place.out_dir}", work)
+        if (copies := self._copies) is not None:
+            seconds = self._extras.timeout.total_seconds()
+            from_leader(self.run.ranks, f"copying to {self.place.out_dir}", lambda: copies.settle(seconds))
 
     def judge(self, reported: Mapping[str, object]) -> Verdict | None:
         """What rank 0's ``reported`` changes; None where that is empty.
@@ -295,7 +289,23 @@ class RunnerRun:
         finally:
             if moves:
                 self._pointer.set(self._here(record.name))
-        self._copies.make(self.run.own_records)
+        if self._copies is not None:
+            self._copies.make()
+
+    def _new_copies(self, mirror: Mirror) -> Copies:
+        def records() -> list[Record]:
+            self._catalog.attempt.check()
+            return self.run.own_records()
+
+        seconds = self._extras.timeout.total_seconds()
+        return Copies(
+            mirror,
+            self.contest,
+            records=records,
+            pointed=self._pointer.name,
+            max_keep_ckpts=int(self._extras.keeping["max_keep_ckpts"]),
+            writer=Writer("distckpt-copies", exit_seconds=seconds) if self._extras.async_save else None,
+        )
 
     def _here(self, name: str) -> str:
         return os.path.join(self.place.directory, name)  # noqa: PTH118  as MMEngine spells it

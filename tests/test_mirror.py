@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +19,7 @@ from distckpt.manifest import Record, digest
 from distckpt.mirror import Mirror
 from distckpt.progress import Progress
 from distckpt.stores.local import LocalStore
+from distckpt.writer import Writer
 
 ACC = Metric("acc", "greater")
 
@@ -170,22 +173,50 @@ def test_where_it_is_not_known_any_more_what_is_up_all_is_copied_again(tmp_path,
     assert "all is copied again" in caplog.text and asked(shelf) == ["upload there/epoch_1.pth"]
 
 
-def copies(mirror: Mirror | None, pointed: str | None = None, *, keep: int = 1, limit: int = -1) -> Copies:
-    return Copies(mirror, Contest(BestBy((ACC,), keep)), pointed=lambda: pointed, max_keep_ckpts=limit)
+def test_where_a_record_cannot_be_read_the_copy_stays(tmp_path, shelf):
+    copying = mirror(tmp_path, shelf)
+    copying.copy([saved(tmp_path, 1)], None)
+    (tmp_path / "epoch_1.pth.committed").write_bytes(b"damaged")
+    copying.let_go(())
+    assert names(shelf) == ["epoch_1.pth"]
+
+
+def copies(
+    mirror: Mirror, records: Sequence[Record] = (), *, pointed: str | None = None, keep: int = 1, **words: Any
+) -> Copies:
+    words = {"max_keep_ckpts": -1, **words}
+    contest = Contest(BestBy((ACC,), keep))
+    return Copies(mirror, contest, records=lambda: records, pointed=lambda: pointed, **words)
 
 
 def test_what_was_saved_for_being_the_best_alone_is_copied_as_that(tmp_path, shelf):
     alone = saved(tmp_path, 1, reasons=("best",))
     (tmp_path / "best_acc_epoch_1.pth").write_bytes(b"1")
-    copies(mirror(tmp_path, shelf)).make(lambda: [alone, best(alone, 0.5)])
+    records = [alone, best(alone, 0.5)]
+    copies(mirror(tmp_path, shelf), records).make()
     assert names(shelf) == ["best_acc_epoch_1.pth"]
-    copies(mirror(tmp_path, shelf), alone.name).make(lambda: [alone, best(alone, 0.5)])
+    copies(mirror(tmp_path, shelf), records, pointed=alone.name).make()
     assert names(shelf) == ["best_acc_epoch_1.pth", "epoch_1.pth", "last_checkpoint"]
 
 
-def test_without_another_place_nothing_is_read():
-    copies(None).make(lambda: pytest.fail("was read"))
-    copies(None).follow([])
+def test_beside_training_what_fails_is_warned_of_and_tried_again_when_it_is_settled(tmp_path, shelf, caplog):
+    making = copies(mirror(tmp_path, shelf), [saved(tmp_path, 1)], writer=Writer("copies"))
+    shelf.fail_at = 0
+    with caplog.at_level(logging.WARNING, "distckpt"):
+        making.make()
+        making.settle(60)
+    making.close(60)
+    assert "epoch_1.pth could not be written" in caplog.text and names(shelf) == ["epoch_1.pth"]
+
+
+def test_copies_that_take_too_long_are_given_up_by_name(tmp_path, shelf):
+    writer, goes_on = Writer("copies"), threading.Event()
+    writer.submit(lambda: goes_on.wait(60))
+    making = copies(mirror(tmp_path, shelf), writer=writer)
+    with pytest.raises(DistckptError, match="the copies at there are not made within 0 s"):
+        making.settle(0)
+    goes_on.set()
+    making.close(60)
 
 
 @pytest.mark.parametrize(
@@ -201,7 +232,7 @@ def test_of_the_copies_of_a_lost_directory_those_stay_that_would_have(tmp_path, 
     left = [saved(tmp_path, epoch) for epoch in epochs]
     after = mirror(tmp_path, shelf)
     after.copy(left, "epoch_6.pth")
-    copies(after, limit=limit).follow(left)
+    copies(after, max_keep_ckpts=limit).follow(left)
     assert names(shelf) == sorted([f"epoch_{epoch}.pth" for epoch in [*kept, *epochs]] + ["last_checkpoint"])
 
 

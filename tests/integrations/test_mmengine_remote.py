@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import signal
+import threading
 import uuid
 from collections import Counter
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from mmengine.config import Config
 from mmengine.evaluator import BaseMetric
 from mmengine.fileio import FileClient, LocalBackend, register_backend
 from mmengine.fileio.backends import backends, prefix_to_backends
+from mmengine.hooks import Hook
 from mmengine.registry import METRICS
 from mmengine.runner import Runner
 from mmengine.testing import RunnerTestCase
@@ -348,6 +350,32 @@ def test_in_the_background_a_copy_that_fails_is_warned_of_and_made_up_for_at_the
         build(case, interval=1, out_dir="elsewhere://", async_save=True).train()
     assert "epoch_1.pth could not be written" in caplog.text
     assert copies(case, elsewhere) == ["epoch_1.pth", "epoch_2.pth", "epoch_3.pth", "last_checkpoint"]
+
+
+class SaysWhenEpochsEnd(Hook):
+    priority = "LOWEST"
+
+    def __init__(self) -> None:
+        self.second = threading.Event()
+
+    def after_train_epoch(self, runner: Runner) -> None:
+        if runner.epoch == 1:
+            self.second.set()
+
+
+def test_in_the_background_no_save_waits_for_a_copy(case, elsewhere, monkeypatch):
+    runner = build(case, interval=1, max_keep_ckpts=1, save_best="acc", out_dir="elsewhere://", async_save=True)
+    says, put, waited = SaysWhenEpochsEnd(), elsewhere.put, []
+    runner.register_hook(says)
+
+    def slow(self: Elsewhere, obj: bytes, filepath: str) -> None:
+        waited.append(says.second.wait(30))
+        put(self, obj, filepath)
+
+    monkeypatch.setattr(elsewhere, "put", slow)
+    runner.train()
+    assert waited and all(waited), "the second save was made while the first was being copied"
+    assert copies(case, elsewhere) == ["best_acc_epoch_3.pth", "epoch_3.pth", "last_checkpoint"]
 
 
 def test_in_the_background_what_is_not_there_at_the_end_is_raised(case, elsewhere):
