@@ -9,9 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from lean_heap import LeanHeap
 from rank_processes import RankProcesses
 
 from distckpt import agreeing
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(LeanHeap())
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
