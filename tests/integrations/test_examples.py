@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
+from launching import forget, launch
 
 EXAMPLES = Path(__file__).parents[2] / "scripts" / "examples"
 PYTHON = [sys.executable]
@@ -43,6 +48,25 @@ def run(name: str, folder: Path) -> tuple[str, str]:
     return said.splitlines()[-1], told
 
 
+def run_forked(rank: int, world_size: int, name: str, folder: Path) -> str:
+    """Its last line, without the seconds that a launcher and imports take."""
+    store = dist.distributed_c10d._get_default_store()
+    while isinstance(store, dist.PrefixStore):
+        store = store.underlying_store
+    dist.destroy_process_group()
+    forget()
+    if world_size > 1:
+        launch(rank, world_size)
+        words = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "LOCAL_WORLD_SIZE": world_size}
+        words |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RUN_ID": "none"}
+        os.environ.update({name: str(value) for name, value in words.items()})
+    path = str(EXAMPLES / f"{name}.py")
+    sys.argv = [path, "--out", str(folder)]
+    with redirect_stdout(StringIO()) as said:
+        runpy.run_path(path, run_name="__main__")
+    return (said.getvalue().splitlines() or [""])[-1]
+
+
 def test_each_is_run():
     assert {path.stem for path in EXAMPLES.glob("*.py")} == set(COMMANDS)
 
@@ -53,8 +77,9 @@ def test_none_is_long(path):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_one_that_is_killed_ends_as_if_it_had_not_been(tmp_path, name):
-    whole, _ = run(name, tmp_path / "whole")
+def test_one_that_is_killed_ends_as_if_it_had_not_been(run_ranks, tmp_path, name):
+    world_size = 2 if COMMANDS[name] is TWO_RANKS else 1
+    whole, *_ = run_ranks(world_size, run_forked, world_size, name, tmp_path / "whole")
     killed = start(name, tmp_path / "run")
     for line in killed.stderr:
         if line.startswith("saved step-00000030"):
