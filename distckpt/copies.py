@@ -54,9 +54,9 @@ class Copies:
             DistckptError: as `Mirror.copy`, where there is no writer.
         """
         if self._writer is None:
-            self._make()
+            self._make(self._records())
         else:
-            self._writer.submit(lambda: _tried(self._make))
+            self._writer.submit(lambda: _tried(lambda: self._make(self._records())))
 
     def follow(self, left: Sequence[Record]) -> None:
         """Copies of all but the files of ``left`` are gone, but for what would be left of a directory that is lost.
@@ -64,7 +64,7 @@ class Copies:
         if self._writer is None:
             self._let_go(left)
         else:
-            self._writer.submit(lambda: _tried(lambda: self._let_go(self._records())))
+            self._writer.submit(lambda: None if self._mirror.is_behind else _tried(self._make_and_let_go))
 
     def settle(self, timeout_seconds: float) -> None:
         """What the writer was given has ended, and what is missing was tried once more.
@@ -74,19 +74,23 @@ class Copies:
         """
         if self._writer is not None and not self._writer.wait(timeout_seconds):
             raise DistckptError(f"the copies at {self._mirror.root} are not made within {timeout_seconds:.0f} s")
-        self._make()
-        self._let_go(self._records())
+        self._make_and_let_go()
 
     def close(self, timeout_seconds: float) -> None:
         """No more are made. Safe to call twice."""
         if self._writer is not None:
             self._writer.close(timeout_seconds)
 
-    def _make(self) -> None:
+    def _make_and_let_go(self) -> None:
+        records = self._records()  # once: a copy may go only when all that its file went for is up
+        self._make(records)
+        self._let_go(records)
+
+    def _make(self, records: Sequence[Record]) -> None:
         pointed = self._pointed()
         wanted = [
             record
-            for record in self._records()
+            for record in records
             if is_link(record) or record.reasons != (BEST,) or record.name == pointed or self._mirror.is_up(record.name)
         ]
         self._mirror.copy(wanted, pointed)

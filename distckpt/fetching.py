@@ -53,6 +53,7 @@ def make_ready(work_dir: str, directory: str, mirror: Mirror | None, filename_tm
 
 
 def _fetch(store: LocalStore, directory: str, mirror: Mirror, name: str, filename_tmpl: str, *, is_there: bool) -> None:
+    store.make_root()
     draft = f"{layout.DRAFT_PREFIX}{name}-{secrets.token_hex(4)}"
     try:
         size_bytes, digest = _download(mirror, name, store, draft)

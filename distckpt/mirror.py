@@ -72,6 +72,9 @@ class Held:
 class Mirror:
     """The copies of one run. Leader only, but for `path`.
 
+    Attributes:
+        is_behind: whether the last `copy` failed, or there was none yet.
+
     Args:
         store: the directory of the run, which is at the path ``directory``.
         root: the place of the copies.
@@ -83,7 +86,7 @@ class Mirror:
         self._store = store
         self._directory = Path(directory)
         self._held = Held("", root)
-        self._is_behind = True
+        self.is_behind = True
 
     def path(self, name: str) -> str:
         """Where the copy of the file ``name`` is, or will be. Not collective."""
@@ -101,7 +104,7 @@ class Mirror:
         Raises:
             DistckptError: naming what is not. It is copied with the next call.
         """
-        self._is_behind = True
+        self.is_behind = True
         for record in reversed(records):
             if self._held.files.get(record.name) != record.content_xxh3_128 and self._store.exists(record.name):
                 self.send(record.name)
@@ -112,7 +115,7 @@ class Mirror:
                 lambda path: self.files.put(os.fsencode(self.path(pointed)), path),
             )
             self._note(pointed=pointed)
-        self._is_behind = False
+        self.is_behind = False
 
     def send(self, name: str) -> None:
         """The file ``name`` is up; nobody remembers it.
@@ -126,7 +129,7 @@ class Mirror:
         """Copies of files that are not among ``kept`` are gone: unless the last `copy` failed. One that cannot be
         removed is warned of, and tried again. Where a record is here that cannot be read, the copy may be all that is
         left."""
-        if self._is_behind:
+        if self.is_behind:
             return
         for name in [one for one in self._held.files if one not in kept and one != self._held.pointed]:
             if self._store.exists(layout.record_of(name)):

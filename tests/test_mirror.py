@@ -209,6 +209,30 @@ def test_beside_training_what_fails_is_warned_of_and_tried_again_when_it_is_sett
     assert "epoch_1.pth could not be written" in caplog.text and names(shelf) == ["epoch_1.pth"]
 
 
+def test_what_was_beaten_meanwhile_stays_until_what_beat_it_is_there(tmp_path, shelf):
+    links = [best(saved(tmp_path, epoch), epoch / 10) for epoch in (1, 2)]
+    for one in links:
+        (tmp_path / one.name).write_bytes(b"")
+    records = [links[:1]]
+    writer = Writer("copies")
+    making = Copies(
+        mirror(tmp_path, shelf),
+        Contest(BestBy((ACC,), 1)),
+        records=lambda: records[-1],
+        pointed=lambda: None,
+        max_keep_ckpts=-1,
+        writer=writer,
+    )
+    making.make()
+    writer.submit(lambda: records.append(links[1:]))
+    making.follow(links[:1])
+    assert writer.wait(60)
+    assert [call.replace("there/best_acc_", "") for call in asked(shelf)] == [
+        *("upload epoch_1.pth", "upload epoch_2.pth", "isfile epoch_1.pth", "remove epoch_1.pth")
+    ]
+    making.close(60)
+
+
 def test_copies_that_take_too_long_are_given_up_by_name(tmp_path, shelf):
     writer, goes_on = Writer("copies"), threading.Event()
     writer.submit(lambda: goes_on.wait(60))

@@ -287,6 +287,15 @@ def test_a_backend_that_only_the_new_registry_knows_is_used(case, elsewhere):
     assert "epoch_3.pth" in copies(case, elsewhere)
 
 
+def test_the_backend_that_is_named_decides_and_not_the_path(case, elsewhere, tmp_path):
+    out_dir = tmp_path / "plain"
+    runner = build(case, interval=1, out_dir=str(out_dir), backend_args=dict(backend="elsewhere"))
+    runner.train()
+    assert hook_of(runner).last_ckpt == f"{out_dir}/{base(case)}/epoch_3.pth"
+    assert not out_dir.exists()
+    assert (elsewhere.folder / str(out_dir).lstrip("/") / base(case) / "epoch_3.pth").is_file()
+
+
 @pytest.mark.parametrize("async_save", [False, True])
 def test_files_of_fsspec_take_any_url(case, memory, async_save):
     runner = build(case, interval=1, max_keep_ckpts=1, save_best="acc", out_dir=memory, async_save=async_save)
