@@ -101,7 +101,7 @@ class Copies:
         self._mirror.let_go({*(record.name for record in left), *kept})
 
     def _best_of(self, names: Sequence[str], left: Sequence[Record]) -> list[str]:
-        best, linked = [name for name in names if name.startswith("best_")], links(left)
+        best, linked = [name for name in names if layout.is_best_file(name)], links(left)
         for metric in self._contest.best_by.metrics:
             score = self._contest.elsewhere(metric)
             scores = [record.metrics[metric.name] for record in ranking(metric, linked)]
@@ -112,7 +112,7 @@ class Copies:
         return best
 
     def _periodic_of(self, names: Sequence[str], left: Sequence[Record]) -> list[str]:
-        periodic = [name for name in names if not name.startswith("best_")]
+        periodic = [name for name in names if not layout.is_best_file(name)]
         if self._limit <= 0:
             return periodic
         room = self._limit - sum(not is_link(record) and is_periodic(record.reasons) for record in left)

@@ -35,6 +35,7 @@ SPARE_PREFIX = ".spare-"
 EXPORT_PREFIX = ".export-"
 REPLACED_PREFIX = ".replaced-"
 
+_BEST = "best_"
 _STEP = re.compile(r"step-([0-9]{8,18})(?:\.([0-9]{1,9}))?")
 _ATTEMPT = re.compile(r"\.attempt-([0-9]{8,18})")
 _EXPORT = re.compile(r"\.export-.*-([0-9a-f]{8})-[0-9a-f]{8}", re.DOTALL)
@@ -67,14 +68,15 @@ class StepName:
 
 
 def record_of(name: str) -> str:
-    """The record that makes the folder or file ``name`` a checkpoint."""
-    return name + RECORD_SUFFIX
+    """The record that makes the folder or file ``name`` a checkpoint. That of a `best_file` is hidden: who looks for
+    what begins as those do, as MMEngine's users may, finds them alone."""
+    return ("." if name.startswith(_BEST) else "") + name + RECORD_SUFFIX
 
 
 def recorded_by(record: str) -> str | None:
     """The inverse of `record_of`; ``None`` for a name that is no record's."""
-    name = record.removesuffix(RECORD_SUFFIX)
-    return name if name != record and is_safe(name) else None
+    name = record.removesuffix(RECORD_SUFFIX).removeprefix(".")
+    return name if record_of(name) == record and is_safe(name) else None
 
 
 def attempt_file(attempt: int) -> str:
@@ -151,7 +153,12 @@ def best_file(metric: str, name: str) -> str:
 
 def best_prefix(metric: str) -> str:
     """How each `best_file` of ``metric`` begins."""
-    return "best_" + best_label(metric).removeprefix("best-") + "_"
+    return _BEST + best_label(metric).removeprefix("best-") + "_"
+
+
+def is_best_file(name: str) -> bool:
+    """Whether that is a `best_file`, of whatever metric."""
+    return name.startswith(_BEST)
 
 
 def published_file(name: str, sha256: str) -> str:

@@ -255,12 +255,18 @@ class RunnerRun:
         return run
 
     def _sweep_links(self) -> None:
-        """Links without a record, which a killed process left beside the file that they share, are gone."""
+        """Of links and their records, one without the other is gone: what a killed process left beside the file that
+        it shares, and what belonged to a file that somebody removed."""
         store = self.run.store
+        for entry in store.list():
+            if layout.is_best_file(entry) and entry.endswith(layout.RECORD_SUFFIX):  # they were not hidden at first
+                store.move(entry, layout.record_of(entry.removesuffix(layout.RECORD_SUFFIX)))
         entries = store.list()
         for record in self.run.own_records():
+            if is_link(record) and record.name not in entries:
+                store.delete(layout.record_of(record.name))
             for entry in entries:
-                is_loose = entry.startswith("best_") and layout.record_of(entry) not in entries
+                is_loose = layout.is_best_file(entry) and layout.record_of(entry) not in entries
                 is_its = entry.endswith(record.name) and _is_one_file(self._here(entry), self._here(record.name))
                 if is_loose and is_its:
                     store.delete(entry)

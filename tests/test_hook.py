@@ -22,7 +22,7 @@ import torch
 from runners import Hub
 from torch import nn
 
-from distckpt import CheckpointHook, DirectoryInUse, RankFailure, SaveFailed
+from distckpt import CheckpointHook, DirectoryInUse, RankFailure, SaveFailed, layout
 from distckpt.engine.snapshot import Staging
 from distckpt.formats import Written
 from distckpt.formats.pth import read_pth
@@ -98,7 +98,8 @@ def go_on(work_dir: Path, metrics: Sequence[Any] = (), *, epochs: int = 3, **wor
 
 def files(folder: Path) -> list[str]:
     """The checkpoints in ``folder``: files with a record."""
-    return sorted(path.name.removesuffix(".committed") for path in folder.glob("[!.]*.pth.committed"))
+    named = (layout.recorded_by(path.name) for path in folder.iterdir())
+    return sorted(name for name in named if name is not None and name.endswith(".pth"))
 
 
 def epochs(folder: Path) -> list[int]:
@@ -207,6 +208,15 @@ def test_a_backend_that_nobody_knows_is_refused_before_training(tmp_path):
 def test_copies_go_to_any_url_without_mmengine_too(tmp_path):
     train(tmp_path / "here", interval=1, max_keep_ckpts=1, out_dir=f"local://{tmp_path}/there")
     assert sorted(path.name for path in (tmp_path / "there/here").iterdir()) == ["epoch_3.pth", "last_checkpoint"]
+
+
+def test_records_of_best_files_that_were_not_hidden_yet_still_count(tmp_path):
+    train(tmp_path, [0.5, 0.4], epochs=2, interval=1, save_best="acc")
+    hidden = tmp_path / ".best_acc_epoch_1.pth.committed"
+    hidden.rename(tmp_path / "best_acc_epoch_1.pth.committed")
+    go_on(tmp_path, [0.0, 0.0, 0.6], epochs=3, interval=1, save_best="acc")
+    assert best(tmp_path) == ["best_acc_epoch_3.pth"]
+    assert not (tmp_path / "best_acc_epoch_1.pth").exists()
 
 
 # Where and when

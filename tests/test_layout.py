@@ -60,6 +60,12 @@ def test_a_record_names_what_it_commits(name):
     assert layout.recorded_by(layout.record_of(name)) == name
 
 
+def test_the_record_of_a_best_file_does_not_begin_as_that_does():
+    assert layout.record_of("best_acc_epoch_3.pth") == ".best_acc_epoch_3.pth.committed"
+    assert layout.recorded_by(".best_acc_epoch_3.pth.committed") == "best_acc_epoch_3.pth"
+    assert layout.recorded_by("best_acc_epoch_3.pth.committed") is layout.recorded_by(".epoch_3.pth.committed") is None
+
+
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_name_is_refused_and_never_that_of_a_record(name):
     assert not layout.is_safe(name)

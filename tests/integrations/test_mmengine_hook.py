@@ -324,6 +324,8 @@ def test_clients_and_backends_of_mmengine_are_there_for_those_who_ask(case):
 def test_each_best_is_one_file_with_a_record(case):
     runner = build(case, epochs=2, interval=1, save_best="val/acc")
     runner.train()
-    record = json.loads((Path(runner.work_dir) / "best_val_acc_epoch_2.pth.committed").read_text())
+    names = [path.name for path in Path(runner.work_dir).iterdir()]
+    assert [name for name in names if name.startswith("best")] == ["best_val_acc_epoch_2.pth"]
+    record = json.loads((Path(runner.work_dir) / ".best_val_acc_epoch_2.pth.committed").read_text())
     assert (record["metrics"], record["reasons"], record["format"]) == ({"val/acc": 0.9}, ["best"], "pth")
     assert (Path(runner.work_dir) / "best_val_acc_epoch_2.pth").samefile(Path(runner.work_dir) / "epoch_2.pth")
