@@ -170,12 +170,15 @@ class CheckpointHook:
             return
         work_dir = str(runner.work_dir)
         place = self._place(work_dir)
-        mirror = place.mirror if getattr(runner, "_load_from", None) is None else None
+        has_loaded = getattr(runner, "_has_loaded", False)
+        mirror = None if has_loaded or getattr(runner, "_load_from", None) is not None else place.mirror
         from_leader(
             detect(self._extras.timeout),
             "look at last_checkpoint",
             lambda: make_ready(work_dir, place.directory, mirror, self.filename_tmpl),
         )
+        if mirror is not None and getattr(runner, "strategy", None) is not None:
+            runner.load_or_resume()  # a FlexibleRunner has looked already, when nothing was there yet
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
         """The logs in ``checkpoint`` are of the type that MMEngine resumes. Not collective."""
@@ -190,9 +193,7 @@ class CheckpointHook:
         """
         work_dir = str(runner.work_dir)
         if self._extras.is_sharded and is_url(self._asked_dir or ""):
-            raise ValueError(
-                f'format="sharded": out_dir should be a directory of a file system, is {self._asked_dir!r}'
-            )
+            raise ValueError(f'format="sharded": out_dir should be a directory, is the URL {self._asked_dir!r}')
         place = self._place(work_dir)
         self.out_dir, self.file_client, self.file_backend = place.out_dir, place.client, place.backend
         runner.logger.info(f"Checkpoints will be saved to {self.out_dir}.")

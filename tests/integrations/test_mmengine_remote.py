@@ -27,7 +27,7 @@ from mmengine.fileio import FileClient, LocalBackend, register_backend
 from mmengine.fileio.backends import backends, prefix_to_backends
 from mmengine.hooks import Hook
 from mmengine.registry import METRICS
-from mmengine.runner import Runner
+from mmengine.runner import FlexibleRunner, Runner
 from mmengine.testing import RunnerTestCase
 
 from distckpt import CheckpointHook, DamagedCheckpoint, NoCheckpoint, RankFailure
@@ -135,8 +135,9 @@ def build(
     curve: list[float] = RISING,
     start: int = 0,
     resume: bool = False,
+    kind: type[Any] = Runner,
     **words: Any,
-) -> Runner:
+) -> Any:
     by_epoch = words.setdefault("by_epoch", True)
     cfg = Config((case.epoch_based_cfg if by_epoch else case.iter_based_cfg).to_dict())
     cfg.val_evaluator = dict(type="Told", curve=curve, start=start)
@@ -150,7 +151,10 @@ def build(
     cfg.resume = resume
     cfg.default_hooks = dict(checkpoint=dict(type="distckpt.CheckpointHook", **words))
     cfg.experiment_name = f"{case.experiment_name}{uuid.uuid4().hex}"
-    return Runner.from_cfg(cfg)
+    if kind is FlexibleRunner:
+        cfg.env_cfg = dict()
+        cfg.pop("launcher", None)
+    return kind.from_cfg(cfg)
 
 
 def hook_of(runner: Runner) -> CheckpointHook:
@@ -440,8 +444,9 @@ def test_killed_between_the_commit_and_its_copies_the_next_start_makes_up_for_it
 # A directory that is lost
 
 
-def test_where_the_directory_is_lost_the_run_goes_on_from_the_copies_bit_for_bit(case, elsewhere):
-    words = dict(epochs=4, interval=1, max_keep_ckpts=2, save_best="acc", out_dir="elsewhere://")
+@pytest.mark.parametrize("kind", [Runner, FlexibleRunner])
+def test_where_the_directory_is_lost_the_run_goes_on_from_the_copies_bit_for_bit(case, elsewhere, kind):
+    words = dict(epochs=4, interval=1, max_keep_ckpts=2, save_best="acc", out_dir="elsewhere://", kind=kind)
     whole = build(case, curve=FIRST_IS_BEST, **words)
     whole.train()
     expected = weights(whole)
@@ -571,7 +576,7 @@ def test_copies_of_memory_come_back_too(case, memory):
         (dict(out_dir="nowhere://x"), "Protocol not known: nowhere"),
         (dict(out_dir="s3://x", backend_args=dict(backend="local")), "writes to directories"),
         (dict(out_dir="dir://x::file:///y"), "chain of URLs"),
-        (dict(out_dir="s3://x", format="sharded"), "should be a directory"),
+        (dict(out_dir="s3://x", format="sharded"), "should be a directory, is the URL"),
     ],
 )
 def test_what_cannot_be_written_to_is_refused_before_training(case, words, told):
