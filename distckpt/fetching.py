@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import secrets
@@ -18,11 +19,12 @@ from distckpt import layout, message_hub
 from distckpt.catalog import read_record, scan
 from distckpt.errors import DamagedCheckpoint, DistckptError, NoCheckpoint
 from distckpt.formats.pth import open_pth
-from distckpt.linked_keeping import LAST
+from distckpt.linked_keeping import INTERVAL, LAST
 from distckpt.manifest import Record
 from distckpt.mirror import Mirror
 from distckpt.pointer import Pointer
 from distckpt.progress import Progress
+from distckpt.stores import Store
 from distckpt.stores.local import LocalStore
 
 _log = logging.getLogger("distckpt")
@@ -52,6 +54,26 @@ def make_ready(work_dir: str, directory: str, mirror: Mirror | None, filename_tm
         _log.warning("%s; the run goes on with what is in %s", error, directory)
 
 
+def record_again(store: Store, directory: str, name: str, run: str) -> None:
+    """The file ``name`` is a checkpoint again, if it is one of ``run`` without a record: a kill came as it was written
+    once more, between the record of the old one and that of the new. Leader only."""
+    place = Path(directory) / name
+    if store.exists(layout.record_of(name)) or not place.is_file():
+        return
+    told = _Told.read(place)
+    if told is None or told.run != run:
+        return
+    try:
+        _check(place, str(place))
+    except DamagedCheckpoint as error:
+        _log.warning("%s; it is left for inspection", error)
+        return
+    with place.open("rb") as file:
+        digest = hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
+    record = told.record(store, name, place.stat().st_size, digest, (INTERVAL,))
+    store.publish(layout.record_of(name), record.to_json())
+
+
 def _fetch(store: LocalStore, directory: str, mirror: Mirror, name: str, filename_tmpl: str, *, is_there: bool) -> None:
     store.make_root()
     draft = f"{layout.DRAFT_PREFIX}{name}-{secrets.token_hex(4)}"
@@ -59,7 +81,9 @@ def _fetch(store: LocalStore, directory: str, mirror: Mirror, name: str, filenam
         size_bytes, digest = _download(mirror, name, store, draft)
         _check(Path(directory) / draft, mirror.path(name))
         told = _Told.read(Path(directory) / draft)
-        record = None if told is None else told.record(store, name, size_bytes, digest, filename_tmpl)
+        record = (
+            None if told is None else told.record(store, name, size_bytes, digest, told.reasons(name, filename_tmpl))
+        )
         if is_there and (record is None or not _is_further(store, record)):
             _log.warning("%s is of another run, or not further, and is not resumed from", mirror.path(name))
             return
@@ -150,17 +174,16 @@ class _Told:
             _log.debug("%s is no file of a run: %s", draft, error)
             return None
 
-    def record(self, store: LocalStore, name: str, size_bytes: int, digest: str, filename_tmpl: str) -> Record:
+    def record(self, store: Store, name: str, size_bytes: int, digest: str, reasons: tuple[str, ...]) -> Record:
         """The record of that file, as the newest in ``store``."""
         newest = [one.order for one in scan(store).records][-1:]
         attempt, serial = newest[0] if newest else (0, -1)
-        ids = self._ids()
         return Record(
             name=name,
             progress=self.progress,
             format="pth",
             world_size=1,
-            reasons=("interval",) if ids is None or name in map(filename_tmpl.format, ids) else (LAST,),
+            reasons=reasons,
             created=datetime.now(UTC).isoformat(timespec="milliseconds"),
             run=self.run,
             attempt=attempt,
@@ -169,6 +192,11 @@ class _Told:
             content_bytes=size_bytes,
             content_xxh3_128=digest,
         )
+
+    def reasons(self, name: str, filename_tmpl: str) -> tuple[str, ...]:
+        """Why it was saved, as far as that matters."""
+        ids = self._ids()
+        return (INTERVAL,) if ids is None or name in map(filename_tmpl.format, ids) else (LAST,)
 
     def others(self, mirror: Mirror, filename_tmpl: str) -> list[str]:
         """What else was at the other place when the file was written."""

@@ -307,11 +307,14 @@ class CheckpointHook:
         before = {metric: self._best_told(runner, metric) for metric in verdict.tops}
         self._tell_best(runner, {metric: (verdict.wins[metric], paths[metric]) for metric in verdict.tops})
         last = opened.last
+        is_there = last is not None and (last.name, last.progress.step) == (name, progress.step)
         try:
-            if last is not None and (last.name, last.progress.step) == (name, progress.step):
+            if last is not None and is_there and self._extras.async_save:
                 opened.link(last, verdict.wins)
             else:
-                self._save(runner, progress, (BEST,), verdict.wins)
+                # Once more, as MMEngine does: its readers expect that the last file names the best.
+                known = last.reasons if last is not None and is_there else ()
+                self._save(runner, progress, tuple(dict.fromkeys((*known, BEST))), verdict.wins)
         except DistckptError:
             self._tell_best(runner, before)
             raise

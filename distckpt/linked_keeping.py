@@ -16,7 +16,7 @@ from distckpt.retention import BEST, KeepBest, Retention, parse_bytes
 
 LAST = "last"
 
-_INTERVAL = "interval"
+INTERVAL = "interval"
 _OFF_INTERVAL = {BEST, LAST, "stop"}
 
 
@@ -82,7 +82,7 @@ class LinkedKeeping:
         is_counted = self._is_unlimited or is_periodic(record.reasons)
         return replace(
             record,
-            reasons=(_INTERVAL,) if is_counted else (BEST,),
+            reasons=(INTERVAL,) if is_counted else (BEST,),
             metrics={},
             progress=Progress(record.progress.epoch) if self._by_epoch else record.progress,
             total_bytes=0 if record.content_xxh3_128 in shared else record.total_bytes,

@@ -17,6 +17,7 @@ from distckpt.copies import Copies
 from distckpt.engine.memory import expected_bytes
 from distckpt.engine.stager import Stager
 from distckpt.errors import DistckptError
+from distckpt.fetching import record_again
 from distckpt.formats import Snapshot, Staged
 from distckpt.formats.known import get_format
 from distckpt.formats.pth import Pth
@@ -242,6 +243,8 @@ class RunnerRun:
 
     def _introduce(self) -> str:
         run = self._catalog.attempt.run
+        if (pointed := self._pointer.name()) is not None:
+            record_again(self._catalog.store, self.place.directory, pointed, run)
         self._sweep_links()
         others = [record.name for record in self._catalog.scan().records if record.run != run]
         if others:

@@ -1,7 +1,7 @@
 """A loop around Hugging Face Accelerate that may be killed at any moment: the same command goes on where it was.
 
 python scripts/examples/accelerate_loop.py
-accelerate launch --num_processes 2 scripts/examples/accelerate_loop.py
+accelerate launch --multi_gpu --num_processes 2 scripts/examples/accelerate_loop.py   # no GPU is used
 """
 
 from __future__ import annotations

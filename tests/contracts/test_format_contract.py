@@ -228,7 +228,7 @@ def test_every_file_is_in_the_manifest_with_its_size_and_digest_and_none_besides
 
 
 def test_every_tensor_in_the_manifest_is_in_a_file_of_it(committed):
-    assert {tensor.file for one in committed.written for tensor in one.tensors} <= set(committed.files)
+    assert {file for one in committed.written for of in one.tensors for file in of.files} <= set(committed.files)
 
 
 def test_a_rank_only_creates_files_and_no_two_ranks_the_same(committed):

@@ -16,11 +16,17 @@ import pytest
 import torch.distributed as dist
 from launching import forget, launch
 
+from distckpt.catalog import scan
+from distckpt.stores.local import LocalStore
+
 EXAMPLES = Path(__file__).parents[2] / "scripts" / "examples"
 PYTHON = [sys.executable]
 TWO_RANKS = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-LAUNCHER = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-ACCELERATE = [*LAUNCHER, "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"]
+# With --cpu it starts one process, however many are asked for.
+ACCELERATE = [
+    *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
+    *("--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"),
+]
 COMMANDS = {
     "accelerate_loop": ACCELERATE,
     "ddp_loop": TWO_RANKS,
@@ -78,7 +84,7 @@ def test_none_is_long(path):
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_one_that_is_killed_ends_as_if_it_had_not_been(run_ranks, tmp_path, name):
-    world_size = 2 if COMMANDS[name] is TWO_RANKS else 1
+    world_size = 1 if COMMANDS[name] is PYTHON else 2
     whole, *_ = run_ranks(world_size, run_forked, world_size, name, tmp_path / "whole")
     killed = start(name, tmp_path / "run")
     for line in killed.stderr:
@@ -90,6 +96,8 @@ def test_one_that_is_killed_ends_as_if_it_had_not_been(run_ranks, tmp_path, name
     again, told = run(name, tmp_path / "run")
     assert re.search("resumed step-000000[345]0", told)
     assert again == whole
+    for record in scan(LocalStore(tmp_path / "run")).records:
+        assert record.world_size == world_size, "its launcher starts as many as it is asked for"
 
 
 def children(pid: int) -> list[int]:
