@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,8 @@ from distckpt import agreeing
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a shell: some tests interrupt
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     config.pluginmanager.register(LeanHeap())
 
 
