@@ -10,6 +10,7 @@ import errno
 import logging
 import secrets
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -290,8 +291,18 @@ class Catalog:
         self.store.delete(trash)
 
     def _replace_file(self, draft: Draft) -> None:
-        self._forget(draft.name)
-        self.store.move(draft.path, draft.name)
+        record = layout.record_of(draft.name)
+        old = self.store.read(record) if self.store.exists(record) else None
+        try:
+            self._forget(draft.name)
+            self.store.move(draft.path, draft.name)
+        except OSError:
+            # While the draft is there the old file is, too, and stays a checkpoint. Where even that cannot be written
+            # the error that came first is told.
+            if old is not None and self.store.exists(draft.path):
+                with suppress(OSError):
+                    self.store.put(record, old)
+            raise
         self.store.settle()
 
     def _forget(self, name: str) -> None:

@@ -585,6 +585,26 @@ def test_a_file_that_is_the_best_is_written_once_more_to_say_so(tmp_path):
     assert told["keep_ckpt_ids"] == [1, 2] and told["last_ckpt"] == str(tmp_path / "epoch_2.pth")
 
 
+@pytest.mark.parametrize("operation", ["delete", "settle", "move"])
+def test_a_file_that_could_not_be_replaced_stays_a_checkpoint(tmp_path, monkeypatch, operation):
+    # Of a save that replaces a file: its record goes, durably, before the file does.
+    loop = Loop(tmp_path, CheckpointHook(interval=1, save_best="acc"), epochs=3).go_on([0.1, 0.1], until=2)
+    record, fails = tmp_path / "epoch_2.pth.committed", [errno.EIO]
+    before, real = record.read_bytes(), getattr(local.LocalStore, operation)
+    reached = {"delete": lambda *names: names == (record.name,), "settle": lambda *_: not record.exists()}
+
+    def fail(store: Any, *names: str) -> None:
+        if fails and reached.get(operation, lambda *names: names[-1] == "epoch_2.pth")(*names):
+            raise OSError(fails.pop(), "it is broken")
+        real(store, *names)
+
+    monkeypatch.setattr(local.LocalStore, operation, fail)
+    with pytest.raises(SaveFailed, match="it is broken"):
+        loop.hook.after_val_epoch(loop, {"acc": 0.9})
+    assert not fails and record.read_bytes() == before
+    assert read_pth(tmp_path / "epoch_2.pth") and not [*tmp_path.glob(".draft-*")]
+
+
 def test_a_best_off_the_interval_is_written_whole_and_linked(tmp_path):
     train(tmp_path, [0.1, 0.2, 0.9, 0.3, 0.4], epochs=5, interval=2, save_best="acc")
     assert (tmp_path / "best_acc_epoch_3.pth").samefile(tmp_path / "epoch_3.pth")
